@@ -1,0 +1,316 @@
+"""``turn_on`` and ``turn_off``: put a model into one of the paper's modes."""
+from collections import Counter
+from typing import Dict, List, Optional, Sequence, Union
+
+import torch
+from torch import nn
+
+from mmtune.convs import conv_kind
+from mmtune.deferred import (BUFFERS, BlockScope, Deferral, DeferringConv,
+                             FoldingNorm, HeldNorm, NormState, Pair,
+                             add_behaviour, behaviour_of, remove_behaviour,
+                             stock_type)
+from mmtune.functional import fold, norm_coefficients
+from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
+from mmtune.report import Report, Row
+
+__all__ = ['MODES', 'FoldedNorm', 'turn_off', 'turn_on']
+
+MODES = ('Train', 'Eval', 'Tune', 'Deploy')
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where Deploy mode folded a BatchNorm away.
+
+    Args:
+        conv (str): Name of the convolution that it was folded into.
+    """
+
+    def __init__(self, conv: str) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def extra_repr(self) -> str:
+        return f'folded into {self.conv}'
+
+
+def turn_on(model: nn.Module,
+            mode: str = 'Tune',
+            modules: Union[str, Sequence[str], None] = None,
+            norm_eval: Optional[bool] = None) -> Report:
+    """Put the Conv+BN blocks of a model into a mode, in place.
+
+    ======  ==============================  ==============================
+    mode    forward                         kept for backward by a block
+    ======  ==============================  ==============================
+    Train   batch statistics                input, convolution's output
+    Eval    running statistics              input, convolution's output
+    Tune    folded anew at every call       input
+    Deploy  folded once, for good           input
+    ======  ==============================  ==============================
+
+    (arXiv 2305.11624, Table 1.) Tune gives the outputs and gradients of
+    Eval. A block whose BatchNorm is in train mode at some call runs that
+    call as stock, as does anything that cannot be folded.
+
+    Parameters keep their identity; names, state_dict and ``isinstance`` stay
+    stock in every mode but Deploy. A second call on the same modules
+    replaces the first.
+
+    Args:
+        model (nn.Module): Any model.
+        mode (str): ``'Train'``, ``'Eval'``, ``'Tune'`` or ``'Deploy'``, in
+            any case. Defaults to ``'Tune'``.
+        modules (str | Sequence[str], optional): Names of submodules, dotted
+            for nested ones, to restrict the call to. Defaults to None: the
+            whole model.
+        norm_eval (bool, optional): True holds every BatchNorm of the chosen
+            modules in eval mode, through later ``model.train()`` calls too.
+            Modes ``'Eval'`` and ``'Train'`` hold them in any case. Defaults
+            to None, the same as False: BatchNorms obey ``train()``.
+
+    Returns:
+        Report: A row for every block, and for every BatchNorm left out.
+
+    Raises:
+        TypeError: If ``model`` is no module, or ``modules`` no names.
+        ValueError: If ``mode`` is not one of the four, a name in ``modules``
+            does not exist, ``norm_eval`` contradicts ``mode``, or there is
+            nothing to put into that mode. The model is then as it was.
+        RuntimeError: If blocks of the model are in Deploy mode already.
+    """
+    _check_module(model)
+    mode = _check_mode(mode)
+    hold = _check_norm_eval(mode, norm_eval)
+    roots = _select(model, modules)
+    for root in roots:
+        _check_not_deployed(root)
+    matches = find_pairs(model, roots)
+    _check_not_empty(mode, roots, matches)
+
+    for root in roots:
+        _release(root)
+    if hold is not None:
+        for root in roots:
+            for norm in batch_norms(root):
+                _hold(norm, hold)
+    if mode == 'Tune':
+        _tune(model, matches)
+    elif mode == 'Deploy':
+        matches = _deploy(model, matches)
+    return _report(mode, matches)
+
+
+def turn_off(model: nn.Module) -> None:
+    """Make a model stock again: same Parameters, same values.
+
+    BatchNorms that were held follow the latest ``train()`` or ``eval()``.
+
+    Args:
+        model (nn.Module): A model, or a part of one, after any number of
+            calls of :func:`turn_on`.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        RuntimeError: If it is in Deploy mode, which has no way back.
+    """
+    _check_module(model)
+    _check_not_deployed(model)
+    _release(model)
+
+
+# --------------------------------------------------------------------------
+# Checks: nothing below changes a model
+# --------------------------------------------------------------------------
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError('`model` must be a torch.nn.Module, but got '
+                        f'{type(model).__name__}')
+
+
+def _check_mode(mode: str) -> str:
+    for name in MODES:
+        if isinstance(mode, str) and mode.lower() == name.lower():
+            return name
+    raise ValueError(f'`mode` must be one of {", ".join(MODES)}, but got '
+                     f'{mode!r}')
+
+
+def _check_norm_eval(mode: str, norm_eval: Optional[bool]) -> Optional[bool]:
+    """What BatchNorms are held in: ``training`` as a bool, or None."""
+    if norm_eval not in (None, True, False):
+        raise ValueError('`norm_eval` must be True, False or None, but got '
+                         f'{norm_eval!r}')
+    if mode == 'Train' and norm_eval:
+        raise ValueError("`norm_eval` must not be True in mode 'Train', "
+                         'which holds every BatchNorm in train mode')
+    if mode == 'Eval' and norm_eval is False:
+        raise ValueError("`norm_eval` must not be False in mode 'Eval', "
+                         'which holds every BatchNorm in eval mode')
+    if mode == 'Train':
+        return True
+    return False if mode == 'Eval' or norm_eval else None
+
+
+def _select(model: nn.Module,
+            modules: Union[str, Sequence[str], None]) -> List[nn.Module]:
+    if modules is None:
+        return [model]
+    if isinstance(modules, str):
+        modules = [modules]
+    if not (isinstance(modules, (list, tuple))
+            and all(isinstance(name, str) for name in modules)):
+        raise TypeError('`modules` must be a name or a list of names of '
+                        f'submodules, but got {modules!r}')
+    if not modules:
+        raise ValueError('`modules` must name at least one submodule, but '
+                         'got an empty list; None takes the whole model')
+    return [_submodule(model, name) for name in modules]
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    module, path = model, ''
+    for part in name.split('.'):
+        children = dict(module.named_children())
+        if part not in children:
+            where = f'{path!r}' if path else 'the model'
+            raise ValueError(
+                f'`modules` names {name!r}, but {where} has no submodule '
+                f'{part!r}; it has {", ".join(children) or "none"}')
+        module, path = children[part], f'{path}.{part}'.lstrip('.')
+    return module
+
+
+def _check_not_deployed(model: nn.Module) -> None:
+    folded = sum(isinstance(m, FoldedNorm) for m in model.modules())
+    if folded:
+        raise RuntimeError(
+            f'{folded} blocks are in Deploy mode, which folds for good; '
+            'build the model anew and load its checkpoint to leave it')
+
+
+def _check_not_empty(mode: str, roots: List[nn.Module],
+                     matches: Matches) -> None:
+    norms = [m for root in roots for m in batch_norms(root)]
+    if mode in ('Train', 'Eval') and norms:
+        return
+    if mode == 'Tune' and matches.pairs:
+        return
+    if mode == 'Deploy' and any(pair.sole for pair in matches.pairs):
+        return
+    found = Counter(
+        stock_type(m).__name__ for root in roots for m in root.modules()
+        if 'Norm' in stock_type(m).__name__)
+    text = ', '.join(f'{count} {name}' for name, count in found.items())
+    reasons = Counter(row.reason for row in matches.left_out)
+    why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
+    raise ValueError(
+        f'There is nothing to put into {mode} mode in the chosen modules: '
+        f'expected convolutions followed by BatchNorm, but found '
+        f'{text or "no normalization"}{why}')
+
+
+# --------------------------------------------------------------------------
+# Changes
+# --------------------------------------------------------------------------
+
+
+def _release(root: nn.Module) -> None:
+    for module in root.modules():
+        behaviour = behaviour_of(module)
+        if behaviour is None:
+            continue
+        if behaviour is DeferringConv:
+            for name in BUFFERS:
+                delattr(module, name)
+        asked = None
+        if issubclass(behaviour, HeldNorm):
+            asked = module._tune_state.asked
+        remove_behaviour(module)
+        if asked is not None:
+            module.train(asked)
+
+
+def _hold(norm: nn.Module, training: bool) -> None:
+    state = NormState(asked=norm.training, hold=training)
+    add_behaviour(norm, HeldNorm)
+    norm._tune_state = state
+    norm.train(state.asked)
+
+
+def _tune(model: nn.Module, matches: Matches) -> None:
+    scopes: Dict[nn.Module, List[Pair]] = {}
+    for match in matches.pairs:
+        block, conv, norm = (
+            model.get_submodule(name)
+            for name in (match.block, match.conv, match.norm))
+        if behaviour_of(conv) is None:
+            _defer(conv, norm)
+        if behaviour_of(norm) is not FoldingNorm:
+            state = getattr(norm, '_tune_state', None)
+            add_behaviour(norm, FoldingNorm)
+            norm._tune_state = state or NormState(asked=norm.training)
+        pair = Pair(conv, norm)
+        conv._tune_deferral.pairs.append(pair)
+        scopes.setdefault(block, []).append(pair)
+    for block, pairs in scopes.items():
+        add_behaviour(block, BlockScope)
+        block._tune_pairs = tuple(pairs)
+
+
+def _defer(conv: nn.Module, norm: nn.Module) -> None:
+    deferral = Deferral(conv_kind(stock_type(conv)))
+    weight_coeff, bias_delta = norm_coefficients(norm.running_mean,
+                                                 norm.running_var, norm.eps,
+                                                 conv.weight.dim())
+    for name, value, dtype in zip(
+            BUFFERS, (weight_coeff, bias_delta),
+            (norm.running_var.dtype, norm.running_mean.dtype)):
+        conv.register_buffer(name, value.to(dtype), persistent=False)
+    add_behaviour(conv, DeferringConv)
+    conv._tune_deferral = deferral
+
+
+@torch.no_grad()
+def _deploy(model: nn.Module, matches: Matches) -> Matches:
+    """Fold each pair for good; pairs that are not sole are left out.
+
+    Parameters of the model go on to serve: the convolution's weight, and its
+    bias or else the BatchNorm's, so that an optimizer built beforehand
+    trains the folded ones.
+    """
+    folded, left_out = [], list(matches.left_out)
+    for match in matches.pairs:
+        if not match.sole:
+            left_out.append(
+                LeftOut(
+                    match.norm, match.conv,
+                    'Deploy needs a pair that is called once, whatever the '
+                    'data'))
+            continue
+        conv = model.get_submodule(match.conv)
+        norm = model.get_submodule(match.norm)
+        weight_coeff, bias_delta = norm_coefficients(
+            norm.running_mean, norm.running_var, norm.eps, conv.weight.dim())
+        weight, bias = fold(conv.weight, conv.bias, norm.weight, norm.bias,
+                            weight_coeff, bias_delta)
+        if conv.bias is None:
+            conv.bias = norm.bias if norm.bias is not None else nn.Parameter(
+                bias.to(conv.weight), conv.weight.requires_grad)
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)
+        owner, _, name = match.norm.rpartition('.')
+        setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
+        folded.append(match)
+    return Matches(folded, left_out)
+
+
+def _report(mode: str, matches: Matches) -> Report:
+    rows = [Row(match.conv, match.norm, mode) for match in matches.pairs]
+    rows += [
+        Row(left.conv, left.norm, 'stock', left.reason)
+        for left in matches.left_out
+    ]
+    return Report(mode, rows)

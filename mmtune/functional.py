@@ -1,0 +1,220 @@
+"""The mathematics of Tune mode on tensors.
+
+A convolution ``Y = w * X + b`` followed by a normalization with fixed
+statistics ``Z = (Y - mean) * rstd * gamma + beta`` equals one convolution
+``Z = w' * X + b'`` (arXiv 2305.11624, section 3) with::
+
+    coeff = gamma * rstd
+    w'    = w * coeff
+    b'    = (b - mean) * coeff + beta
+
+Throughout, ``weight_coeff`` is ``rstd`` shaped to multiply the weight and
+``bias_delta`` is ``-mean``; their shapes are ``(out_channels, 1, ...)`` and
+``(out_channels,)``.
+"""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+__all__ = ['ConvArgs', 'fold', 'fold_and_convolve', 'norm_coefficients']
+
+
+class ConvArgs(NamedTuple):
+    """Geometry of a convolution, in the order of ``torch.convolution``."""
+
+    stride: Tuple[int, ...]
+    padding: Tuple[int, ...]
+    dilation: Tuple[int, ...]
+    transposed: bool
+    output_padding: Tuple[int, ...]
+    groups: int
+
+
+def norm_coefficients(running_mean: Tensor, running_var: Tensor, eps: float,
+                      weight_dim: int) -> Tuple[Tensor, Tensor]:
+    """Turn running statistics into the two constants of the fold.
+
+    Args:
+        running_mean (Tensor): Shape (out_channels,).
+        running_var (Tensor): Shape (out_channels,).
+        eps (float): Added to the variance.
+        weight_dim (int): Number of dimensions of the convolution's weight.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``weight_coeff`` of shape
+        (out_channels, 1, ...) and ``bias_delta`` of shape (out_channels,),
+        both at least float32: half precision would lose the variance.
+    """
+    dtype = torch.promote_types(running_var.dtype, torch.float32)
+    weight_coeff = (running_var.to(dtype) + eps).rsqrt()
+    weight_coeff = weight_coeff.view(-1, *[1] * (weight_dim - 1))
+    return weight_coeff, -running_mean.to(dtype)
+
+
+def _scale(bn_weight: Optional[Tensor], weight_coeff: Tensor) -> Tensor:
+    """``gamma * rstd``, shaped to multiply the weight."""
+    if bn_weight is None:
+        return weight_coeff
+    return weight_coeff * bn_weight.view_as(weight_coeff)
+
+
+def _shift(bias: Optional[Tensor], bias_delta: Tensor) -> Tensor:
+    """``b - mean``, what the scale multiplies to give the folded bias."""
+    return bias_delta if bias is None else bias + bias_delta
+
+
+def fold(weight: Tensor, bias: Optional[Tensor], bn_weight: Optional[Tensor],
+         bn_bias: Optional[Tensor], weight_coeff: Tensor,
+         bias_delta: Tensor) -> Tuple[Tensor, Tensor]:
+    """Fold a normalization with fixed statistics into a convolution.
+
+    Args:
+        weight (Tensor): Of the convolution, shape
+            (out_channels, in_channels / groups, *kernel_size).
+        bias (Tensor, optional): Of the convolution, shape (out_channels,).
+        bn_weight (Tensor, optional): gamma, shape (out_channels,).
+        bn_bias (Tensor, optional): beta, shape (out_channels,).
+        weight_coeff (Tensor): From :func:`norm_coefficients`.
+        bias_delta (Tensor): From :func:`norm_coefficients`.
+
+    Returns:
+        tuple[Tensor, Tensor]: The folded weight and bias, in the dtype that
+        the inputs promote to (float32 where all are half precision).
+    """
+    coeff = _scale(bn_weight, weight_coeff)
+    folded_bias = _shift(bias, bias_delta) * coeff.flatten()
+    if bn_bias is not None:
+        folded_bias = folded_bias + bn_bias
+    return weight * coeff, folded_bias
+
+
+def fold_and_convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor],
+                      bn_weight: Optional[Tensor], bn_bias: Optional[Tensor],
+                      weight_coeff: Tensor, bias_delta: Tensor,
+                      conv_args: ConvArgs) -> Tensor:
+    """Run a Conv+BN block with fixed statistics as one convolution.
+
+    Equal to the convolution followed by the normalization, for the output
+    and for the gradients of ``x``, ``weight``, ``bias``, ``bn_weight`` and
+    ``bn_bias``, of any order. Backward keeps ``x`` and ``weight``, never the
+    folded weight or the convolution's own output; where no gradient depends
+    on ``x`` it does not keep ``x`` either.
+
+    Args:
+        x (Tensor): Shape (batch, in_channels, ...), padded beforehand where
+            the padding is not with zeros. Its dtype is the one that the
+            convolution runs in.
+        weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta: See
+            :func:`fold`. The fold runs in their dtype, at least float32.
+        conv_args (ConvArgs): Geometry of the convolution.
+
+    Returns:
+        Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
+    """
+    tensors = (x, weight, bias, bn_weight, bn_bias)
+    if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors):
+        return _FoldAndConvolve.apply(*tensors, weight_coeff, bias_delta,
+                                      conv_args)
+    return _forward(*tensors, weight_coeff, bias_delta, conv_args)
+
+
+def _forward(x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta,
+             conv_args):
+    folded_weight, folded_bias = fold(weight, bias, bn_weight, bn_bias,
+                                      weight_coeff, bias_delta)
+    return torch.convolution(x, folded_weight.to(x.dtype),
+                             folded_bias.to(x.dtype), *conv_args)
+
+
+class _FoldAndConvolve(torch.autograd.Function):
+    """:func:`fold_and_convolve` with a backward that folds anew."""
+
+    @staticmethod
+    def forward(x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta,
+                conv_args):
+        return _forward(x, weight, bias, bn_weight, bn_bias, weight_coeff,
+                        bias_delta, conv_args)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs, output):
+        x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta, \
+            conv_args = inputs
+        _, needs_weight, _, needs_scale, _ = ctx.needs_input_grad[:5]
+        ctx.conv_args = conv_args
+        ctx.input_shape = x.shape
+        ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
+        ctx.save_for_backward(x if needs_weight or needs_scale else None,
+                              weight, bias, bn_weight, weight_coeff,
+                              bias_delta)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_output: Tensor):
+        x, weight, bias, bn_weight, weight_coeff, bias_delta = \
+            ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_scale, needs_shift = \
+            ctx.needs_input_grad[:5]
+        coeff = _scale(bn_weight, weight_coeff)
+        folded_weight = (weight * coeff).to(grad_output.dtype)
+        needs_sum = needs_bias or needs_scale or needs_shift
+
+        # The gradients that a plain convolution with the folded weight has;
+        # those of the folded tensors still lack the chain through the fold.
+        grad_x = grad_folded_weight = grad_folded_bias = None
+        if x is not None:
+            grad_x, grad_folded_weight, grad_folded_bias = \
+                torch.ops.aten.convolution_backward(
+                    grad_output, x, folded_weight, [bias_delta.numel()],
+                    *ctx.conv_args, (needs_x, True, needs_sum))
+        else:
+            if needs_x:
+                grad_x = _input_gradient(grad_output, folded_weight,
+                                         ctx.input_shape, ctx.conv_args)
+            if needs_sum:
+                grad_folded_bias = grad_output.sum(
+                    (0, *range(2, grad_output.dim())))
+
+        grad_weight = grad_bias = grad_scale = grad_shift = None
+        if grad_folded_weight is not None:
+            grad_folded_weight = grad_folded_weight.to(coeff.dtype)
+        if grad_folded_bias is not None:
+            grad_folded_bias = grad_folded_bias.to(coeff.dtype)
+        if needs_weight:
+            grad_weight = (grad_folded_weight * coeff).to(weight.dtype)
+        if needs_bias:
+            grad_bias = (grad_folded_bias * coeff.flatten()).to(bias.dtype)
+        if needs_scale:
+            # sum(dZ * Y) = <w, dw'>: the reason why Y need not be kept.
+            grad_coeff = (grad_folded_weight * weight).sum_to_size(
+                weight_coeff.shape).flatten()
+            grad_coeff = grad_coeff + grad_folded_bias * _shift(
+                bias, bias_delta)
+            grad_scale = (grad_coeff * weight_coeff.flatten()).to(
+                bn_weight.dtype)
+        if needs_shift:
+            grad_shift = grad_folded_bias.to(ctx.bn_bias_dtype)
+        return (grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None,
+                None, None)
+
+
+def _input_gradient(grad_output: Tensor, weight: Tensor,
+                    input_shape: torch.Size, conv_args: ConvArgs) -> Tensor:
+    """Gradient of a convolution's input, which does not need the input.
+
+    Written as the transposed convolution that it is, since
+    ``aten.convolution_backward`` asks for the input itself.
+    """
+    stride, padding, dilation, transposed, _, groups = conv_args
+    if transposed:
+        output_padding = (0, ) * len(stride)
+    else:
+        output_padding = tuple(
+            size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+            for size, out, s, p, d, k in zip(input_shape[2:],
+                                             grad_output.shape[2:], stride,
+                                             padding, dilation,
+                                             weight.shape[2:]))
+    return torch.convolution(grad_output, weight, None, stride, padding,
+                             dilation, not transposed, output_padding, groups)

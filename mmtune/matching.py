@@ -1,0 +1,297 @@
+"""Find Conv -> BN pairs, and say why a normalization is in none.
+
+Each module that calls convolutions or normalizations itself is traced with
+torch.fx, its children as leaves; a whole detector never is. A trace need not
+be the only way through the forward, because a pair is only a candidate: what
+really runs is decided at each call (see ``deferred.py``).
+"""
+import contextlib
+import copy
+import inspect
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from mmtune.convs import conv_kind, looks_like_conv
+from mmtune.deferred import stock_type
+
+__all__ = ['LeftOut', 'Match', 'Matches', 'batch_norms', 'find_pairs']
+
+
+class Match(NamedTuple):
+    """A pair, by the names that ``model.named_modules()`` gives.
+
+    Attributes:
+        block (str): The module whose forward calls the two.
+        conv (str): The convolution.
+        norm (str): The normalization.
+        sole (bool): Whether both are called once in all forwards traced,
+            and no trace had to guess a branch: the pair may then be folded
+            for good.
+    """
+
+    block: str
+    conv: str
+    norm: str
+    sole: bool
+
+
+class LeftOut(NamedTuple):
+    """A normalization that is in no pair.
+
+    Attributes:
+        norm (str): Its name.
+        conv (str, optional): The convolution before it, where there is one.
+        reason (str): Why the two are no pair.
+    """
+
+    norm: str
+    conv: Optional[str]
+    reason: str
+
+
+class Matches(NamedTuple):
+    """What :func:`find_pairs` found."""
+
+    pairs: List[Match]
+    left_out: List[LeftOut]
+
+
+def batch_norms(module: nn.Module) -> List[nn.Module]:
+    """The BatchNorms inside a module, each once."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
+    """Find the Conv -> BN pairs below some modules. Changes nothing.
+
+    Args:
+        model (nn.Module): Gives the names.
+        roots (Sequence[nn.Module]): Modules of ``model`` to search.
+
+    Returns:
+        Matches: Pairs in the order of the traces, and every other BatchNorm
+        below ``roots`` with its reason.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    blocks = {m: None for root in roots for m in root.modules()}
+    norms = {m: None for root in roots for m in batch_norms(root)}
+    calls: Dict[nn.Module, int] = {}
+    found: Dict[Tuple[nn.Module, nn.Module], Tuple[nn.Module, bool]] = {}
+    reasons: Dict[nn.Module, Tuple[Optional[nn.Module], str]] = {}
+
+    for block in blocks:
+        if not any(_is_layer(m) for m in _own_modules(block)):
+            continue
+        try:
+            graphs, exact = _trace(block)
+        except Exception as error:  # user code under proxies: anything
+            reason = (f'the forward of {names[block]!r} cannot be traced '
+                      f'({type(error).__name__})')
+            for module in _own_modules(block):
+                if module in norms:
+                    reasons.setdefault(module, (None, reason))
+            continue
+        seen: Dict[nn.Module, int] = {}
+        for graph in graphs:
+            sites = _call_sites(block, graph)
+            for module in {m for m, _ in sites}:
+                count = sum(m is module for m, _ in sites)
+                seen[module] = max(seen.get(module, 0), count)
+            for norm, node in sites:
+                if norm not in norms:
+                    continue
+                conv, reason = _producer(block, node)
+                if reason is None:
+                    found.setdefault((conv, norm), (block, exact))
+                else:
+                    reasons[norm] = (conv, reason)
+        for module, count in seen.items():
+            calls[module] = calls.get(module, 0) + count
+
+    pairs = []
+    for (conv, norm), (block, exact) in found.items():
+        sole = exact and calls[conv] == calls[norm] == 1
+        pairs.append(Match(names[block], names[conv], names[norm], sole))
+    paired = {norm for _, norm in found}
+    left_out = []
+    for norm in norms:
+        if norm not in paired:
+            conv, reason = reasons.get(
+                norm, (None, 'no traced forward calls it'))
+            left_out.append(
+                LeftOut(names[norm], None if conv is None else names[conv],
+                        reason))
+    return Matches(pairs, left_out)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or looks_like_conv(module)
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Children, those in plain containers (which have no forward) too."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _own_modules(child)
+        else:
+            yield child
+
+
+# --------------------------------------------------------------------------
+# Reading a graph
+# --------------------------------------------------------------------------
+
+
+def _call_sites(block: nn.Module,
+                graph: fx.Graph) -> List[Tuple[nn.Module, fx.Node]]:
+    return [(block.get_submodule(node.target), node) for node in graph.nodes
+            if node.op == 'call_module']
+
+
+def _producer(
+        block: nn.Module,
+        node: fx.Node) -> Tuple[Optional[nn.Module], Optional[str]]:
+    """The convolution before a normalization, and why they are no pair."""
+    norm = block.get_submodule(node.target)
+    inputs = [*node.args, *node.kwargs.values()]
+    if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
+        return None, 'it is not called with one tensor'
+    source = inputs[0]
+    if source.op != 'call_module':
+        return None, f'its input comes from {_describe(source)}'
+    conv = block.get_submodule(source.target)
+    conv_type = stock_type(conv)
+    if not looks_like_conv(conv):
+        return None, ('its input comes from the module '
+                      f'{source.target!r} ({conv_type.__name__})')
+    reason = _unfit_conv(conv) or _unfit_norm(norm)
+    if reason is not None:
+        return conv, reason
+    if conv.out_channels != norm.num_features:
+        return conv, (f'the convolution has {conv.out_channels} output '
+                      f'channels, the BN {norm.num_features}')
+    others = [user for user in source.users if user is not node]
+    if others:
+        return conv, ('the output of the convolution also goes to '
+                      f'{_describe(others[0])}')
+    between = source.next
+    while between.op in ('get_attr', 'placeholder'):
+        between = between.next
+    if between is not node:
+        return conv, (f'{_describe(between)} runs between the convolution '
+                      'and the BN')
+    return conv, None
+
+
+def _unfit_conv(conv: nn.Module) -> Optional[str]:
+    if 'forward' in vars(conv):
+        return "the convolution's forward is replaced on the instance"
+    if conv_kind(stock_type(conv)) is None:
+        return (f'{stock_type(conv).__name__} is not a convolution that '
+                'mmtune knows')
+    return None
+
+
+def _unfit_norm(norm: nn.Module) -> Optional[str]:
+    norm_type = stock_type(norm)
+    if 'forward' in vars(norm):
+        return "the BN's forward is replaced on the instance"
+    if norm_type.forward not in (_BatchNorm.forward, SyncBatchNorm.forward):
+        return f'{norm_type.__name__} overrides the forward of BatchNorm'
+    if norm.running_mean is None or norm.running_var is None:
+        return 'the BN has no running statistics'
+    return None
+
+
+def _describe(node: fx.Node) -> str:
+    if node.op == 'placeholder':
+        return f'the argument {node.target!r}'
+    if node.op == 'call_module':
+        return f'the module {node.target!r}'
+    if node.op == 'output':
+        return "the block's output"
+    return f'`{getattr(node.target, "__name__", node.target)}`'
+
+
+# --------------------------------------------------------------------------
+# Tracing
+# --------------------------------------------------------------------------
+
+
+class _BlockTracer(fx.Tracer):
+    """Traces one forward; where it branches on data, takes one branch.
+
+    Args:
+        branch (bool): The branch to take.
+    """
+
+    # Loops on data would not end.
+    MAX_GUESSES = 1000
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        # Else `self.counter += 1` would count the trace.
+        self.proxy_buffer_attributes = True
+        self.branch = branch
+        self.guesses = 0
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.guesses += 1
+        if self.guesses > self.MAX_GUESSES:
+            raise fx.proxy.TraceError('a loop depends on data')
+        return self.branch
+
+
+def _trace(block: nn.Module) -> Tuple[List[fx.Graph], bool]:
+    """Trace a block's forward.
+
+    Returns:
+        tuple[list[fx.Graph], bool]: A graph, or one for each branch where
+        the forward branches on data; and whether there was only one way.
+    """
+    if 'forward' in vars(block):
+        raise NotImplementedError('forward is replaced on the instance')
+    with _random_state_kept():
+        tracer = _BlockTracer(branch=False)
+        graphs = [tracer.trace(_stand_in(block), _defaults(block))]
+        exact = tracer.guesses == 0
+        if not exact:
+            with contextlib.suppress(Exception):
+                graphs.append(
+                    _BlockTracer(branch=True).trace(
+                        _stand_in(block), _defaults(block)))
+    return graphs, exact
+
+
+def _stand_in(block: nn.Module) -> nn.Module:
+    """A shallow copy, which takes what a forward under trace assigns."""
+    stand_in = copy.copy(block)
+    stand_in.__class__ = stock_type(block)
+    for name in ('_parameters', '_buffers', '_modules'):
+        vars(stand_in)[name] = copy.copy(vars(block)[name])
+    return stand_in
+
+
+def _defaults(block: nn.Module) -> Optional[dict]:
+    """Arguments that a forward has values for, so that it branches on
+    these."""
+    parameters = inspect.signature(stock_type(block).forward).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not parameter.empty
+    }
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if (
+        torch.cuda.is_available() and torch.cuda.is_initialized()) else []
+    with torch.random.fork_rng(devices):
+        yield

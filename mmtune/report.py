@@ -1,0 +1,70 @@
+"""What :func:`mmtune.turn_on` did, block by block."""
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+__all__ = ['Report', 'Row']
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block, or one BatchNorm that belongs to none.
+
+    Attributes:
+        conv (str, optional): Name of the convolution, None where the
+            BatchNorm does not follow one.
+        bn (str): Name of the BatchNorm.
+        mode (str): ``'Train'``, ``'Eval'``, ``'Tune'`` or ``'Deploy'``, or
+            ``'stock'`` for what is left out.
+        reason (str): Why it is left out, else empty.
+    """
+
+    conv: Optional[str]
+    bn: str
+    mode: str
+    reason: str = ''
+
+
+@dataclass
+class Report:
+    """Rows for every block and every BatchNorm of the chosen modules.
+
+    ``print(report)`` shows them as a table.
+
+    Attributes:
+        mode (str): The mode that was asked for.
+        rows (list[Row]): In the order of the model's forwards.
+    """
+
+    mode: str
+    rows: List[Row] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> List[Row]:
+        """The rows that run in the mode asked for."""
+        return [row for row in self.rows if row.mode != 'stock']
+
+    @property
+    def left_out(self) -> List[Row]:
+        """The rows that run as stock, each with its reason."""
+        return [row for row in self.rows if row.mode == 'stock']
+
+    def summary(self) -> str:
+        """Count blocks, and the reasons of those left out, in a line."""
+        text = f'{len(self.rewritten)} blocks in {self.mode} mode'
+        reasons = Counter(row.reason for row in self.left_out)
+        for reason, count in reasons.most_common():
+            text += f'; {count} left out: {reason}'
+        return text
+
+    def __str__(self) -> str:
+        header = ('conv', 'bn', 'mode', 'reason')
+        lines = [header] + [(row.conv or '-', row.bn, row.mode, row.reason)
+                            for row in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        lines.insert(1, tuple('-' * width for width in widths) + ('------', ))
+        table = [
+            '  '.join([cell.ljust(width) for cell, width in zip(line, widths)]
+                      + [line[3]]).rstrip() for line in lines
+        ]
+        return '\n'.join(table + [self.summary()])
