@@ -14,7 +14,7 @@ from mmtune.functional import fold, norm_coefficients
 from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
 from mmtune.report import Report, Row
 
-__all__ = ['MODES', 'FoldedNorm', 'turn_off', 'turn_on']
+__all__ = ['MODES', 'FoldedNorm', 'latest_runs', 'turn_off', 'turn_on']
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
 
@@ -117,6 +117,24 @@ def turn_off(model: nn.Module) -> None:
     _check_module(model)
     _check_not_deployed(model)
     _release(model)
+
+
+def latest_runs(model: nn.Module) -> Dict[str, str]:
+    """How each block of a model in Tune mode ran the last time.
+
+    Args:
+        model (nn.Module): After :func:`turn_on`.
+
+    Returns:
+        dict[str, str]: By the name of the BatchNorm: ``'fused'``,
+        ``'stock'``, ``'train mode'`` (stock, with the statistics of the
+        batch) or ``'not run'``.
+    """
+    return {
+        name: module._tune_state.ran or 'not run'
+        for name, module in model.named_modules()
+        if behaviour_of(module) is FoldingNorm
+    }
 
 
 # --------------------------------------------------------------------------

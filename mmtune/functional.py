@@ -159,6 +159,8 @@ class _FoldAndConvolve(torch.autograd.Function):
         coeff = _scale(bn_weight, weight_coeff)
         folded_weight = (weight * coeff).to(grad_output.dtype)
         needs_sum = needs_bias or needs_scale or needs_shift
+        # In half precision the kernel would round the sum.
+        kernel_sums = x is not None and grad_output.dtype == coeff.dtype
 
         # The gradients that a plain convolution with the folded weight has;
         # those of the folded tensors still lack the chain through the fold.
@@ -167,20 +169,16 @@ class _FoldAndConvolve(torch.autograd.Function):
             grad_x, grad_folded_weight, grad_folded_bias = \
                 torch.ops.aten.convolution_backward(
                     grad_output, x, folded_weight, [bias_delta.numel()],
-                    *ctx.conv_args, (needs_x, True, needs_sum))
-        else:
-            if needs_x:
-                grad_x = _input_gradient(grad_output, folded_weight,
-                                         ctx.input_shape, ctx.conv_args)
-            if needs_sum:
-                grad_folded_bias = grad_output.sum(
-                    (0, *range(2, grad_output.dim())))
+                    *ctx.conv_args, (needs_x, True, needs_sum and kernel_sums))
+            grad_folded_weight = grad_folded_weight.to(coeff.dtype)
+        elif needs_x:
+            grad_x = _input_gradient(grad_output, folded_weight,
+                                     ctx.input_shape, ctx.conv_args)
+        if needs_sum and not kernel_sums:
+            grad_folded_bias = grad_output.sum(
+                (0, *range(2, grad_output.dim())), dtype=coeff.dtype)
 
         grad_weight = grad_bias = grad_scale = grad_shift = None
-        if grad_folded_weight is not None:
-            grad_folded_weight = grad_folded_weight.to(coeff.dtype)
-        if grad_folded_bias is not None:
-            grad_folded_bias = grad_folded_bias.to(coeff.dtype)
         if needs_weight:
             grad_weight = (grad_folded_weight * coeff).to(weight.dtype)
         if needs_bias:

@@ -270,12 +270,23 @@ def _trace(block: nn.Module) -> Tuple[List[fx.Graph], bool]:
 
 
 def _stand_in(block: nn.Module) -> nn.Module:
-    """A shallow copy, which takes what a forward under trace assigns."""
-    stand_in = copy.copy(block)
-    stand_in.__class__ = stock_type(block)
-    for name in ('_parameters', '_buffers', '_modules'):
-        vars(stand_in)[name] = copy.copy(vars(block)[name])
-    return stand_in
+    """A copy down to the containers, not the tensors.
+
+    It takes what a forward under trace assigns and appends, on the block
+    and on its children.
+    """
+    copies: Dict[nn.Module, nn.Module] = {}
+    for module in block.modules():
+        stand_in = copies[module] = copy.copy(module)
+        stand_in.__class__ = stock_type(module)
+        for name, value in vars(module).items():
+            if isinstance(value, (dict, list, set)):
+                vars(stand_in)[name] = copy.copy(value)
+    for stand_in in copies.values():
+        for name, child in stand_in._modules.items():
+            if child is not None:
+                stand_in._modules[name] = copies[child]
+    return copies[block]
 
 
 def _defaults(block: nn.Module) -> Optional[dict]:

@@ -1,0 +1,3 @@
+from mmtune.hooks.tune_mode_hook import TuneModeHook
+
+__all__ = ['TuneModeHook']

@@ -1,0 +1,184 @@
+"""Put a Runner's model into one of the paper's modes, by config."""
+from collections import Counter
+from typing import Optional, Sequence, Union
+
+from mmengine.dist import master_only
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from mmtune.api import latest_runs, turn_on
+from mmtune.registry import HOOKS
+
+__all__ = ['TuneModeHook']
+
+CONFIG_KEY = 'efficient_conv_bn_eval'
+OPTIONS = ('modules', 'mode', 'norm_eval')
+
+
+@HOOKS.register_module()
+class TuneModeHook(Hook):
+    """Calls :func:`mmtune.turn_on` on the model when a run starts.
+
+    What to turn on comes from the top-level key ``efficient_conv_bn_eval``:
+    a name or a list of names of submodules, as for MMEngine's own rewrite,
+    or a dict of the arguments below. Without the key it is the whole model.
+    Arguments of the hook win over the key. MMEngine's own rewrite does not
+    run where this hook is.
+
+    Deploy mode folds after the weights are loaded, just before training; it
+    can neither resume nor go with an ``EMAHook``.
+
+    Args:
+        modules (str | Sequence[str], optional): See
+            :func:`mmtune.turn_on`. Defaults to None.
+        mode (str, optional): See :func:`mmtune.turn_on`. Defaults to None:
+            what the key says, or else ``'Tune'``.
+        norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
+            None.
+
+    Example:
+        >>> default_hooks = dict(
+        ...     tune_mode=dict(type='mmtune.TuneModeHook'))
+        >>> efficient_conv_bn_eval = dict(modules=['backbone'], mode='Tune')
+    """
+
+    # Before the EMAHook copies the model: it matches buffers by position.
+    priority = 'VERY_HIGH'
+
+    def __init__(self,
+                 modules: Union[str, Sequence[str], None] = None,
+                 mode: Optional[str] = None,
+                 norm_eval: Optional[bool] = None) -> None:
+        self.arguments = dict(
+            zip(OPTIONS, (modules, mode, norm_eval)))
+        self._key_in_config = None
+        self._pending_deploy: Optional[dict] = None
+        self._reported = False
+
+    def before_run(self, runner) -> None:
+        """Turn the mode on, and keep MMEngine from doing its own rewrite.
+
+        Args:
+            runner (Runner): The runner of the run.
+
+        Raises:
+            ValueError: If the key or an argument is wrong; the run stops
+                before anything is changed.
+        """
+        options = self._options(runner)
+        # Runner rewrites by itself where the key is set, between here and
+        # `before_train`; checkpoints are to hold the config with the key.
+        self._key_in_config = runner.cfg.get(CONFIG_KEY)
+        if self._key_in_config is not None:
+            runner.cfg[CONFIG_KEY] = None
+        if options['mode'].lower() == 'deploy':
+            _check_can_deploy(runner)
+            self._pending_deploy = options
+        else:
+            self._turn_on(runner, options)
+
+    def before_train(self, runner) -> None:
+        """Give the config its key back; fold for Deploy mode.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        self._weights_are_loaded(runner)
+
+    def before_val(self, runner) -> None:
+        """See :meth:`before_train`."""
+        self._weights_are_loaded(runner)
+
+    def before_test(self, runner) -> None:
+        """See :meth:`before_train`."""
+        self._weights_are_loaded(runner)
+
+    def after_train_iter(self,
+                         runner,
+                         batch_idx: int,
+                         data_batch=None,
+                         outputs: Optional[dict] = None) -> None:
+        """Log after the first iteration what really was fused.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            batch_idx (int): Index of the batch in the epoch.
+            data_batch (optional): Unused.
+            outputs (dict, optional): Unused.
+        """
+        if not self._reported:
+            self._reported = True
+            _log_runs(runner, _unwrapped(runner.model))
+
+    def _options(self, runner) -> dict:
+        key = runner.cfg.get(CONFIG_KEY)
+        if key is None:
+            options = {}
+        elif isinstance(key, dict):
+            options = dict(key)
+        else:
+            options = dict(modules=key)
+        unknown = set(options) - set(OPTIONS)
+        if unknown:
+            raise ValueError(
+                f'`{CONFIG_KEY}` takes {", ".join(OPTIONS)}, but got '
+                f'{", ".join(sorted(unknown))}')
+        options.update({
+            name: value
+            for name, value in self.arguments.items() if value is not None
+        })
+        if options.get('mode') is None:
+            options['mode'] = 'Tune'
+        if not isinstance(options['mode'], str):
+            raise ValueError('`mode` must be a name, but got '
+                             f'{options["mode"]!r}')
+        return options
+
+    def _turn_on(self, runner, options: dict) -> None:
+        report = turn_on(_unwrapped(runner.model), **options)
+        runner.logger.info(f'{type(self).__name__} in {report.mode} mode:\n'
+                           f'{report}')
+
+    def _weights_are_loaded(self, runner) -> None:
+        if self._key_in_config is not None:
+            runner.cfg[CONFIG_KEY] = self._key_in_config
+        if self._pending_deploy is not None:
+            self._turn_on(runner, self._pending_deploy)
+            self._pending_deploy = None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model):
+        model = model.module
+    return model
+
+
+def _check_can_deploy(runner) -> None:
+    if getattr(runner, '_resume', False):
+        raise ValueError(
+            "mode 'Deploy' cannot resume: its checkpoints hold folded "
+            'weights; start anew with `load_from` and a stock checkpoint')
+    if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+        raise ValueError(
+            "mode 'Deploy' changes the names of parameters, which an EMAHook "
+            'cannot follow; remove the hook or use another mode')
+
+
+@master_only
+def _log_runs(runner, model: nn.Module) -> None:
+    runs = latest_runs(model)
+    if not runs:
+        return
+    counts = Counter(runs.values())
+    runner.logger.info(
+        'Blocks in the first iteration: ' +
+        ', '.join(f'{count} {how}' for how, count in counts.most_common()))
+    in_train_mode = [name for name, how in runs.items() if how == 'train mode']
+    if in_train_mode:
+        runner.logger.warning(
+            f'{len(in_train_mode)} of {len(runs)} blocks ran as stock since '
+            'their BatchNorm is in train mode, which Tune mode cannot make '
+            f'cheaper (the first is {in_train_mode[0]!r}); to fine-tune with '
+            'fixed statistics, set norm_eval=True in the backbone or '
+            f'{CONFIG_KEY}=dict(norm_eval=True)')

@@ -1,0 +1,57 @@
+"""A model in one of the paper's modes from the moment it is built."""
+from typing import Optional, Sequence, Union
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import nn
+
+from mmtune.api import turn_on
+from mmtune.registry import MODELS
+
+__all__ = ['TuneModeModel']
+
+
+@MODELS.register_module()
+class TuneModeModel(nn.Module):
+    """Builds a model and puts it into a mode.
+
+    What it builds is the model itself, with the behaviour of
+    :func:`mmtune.turn_on`: its ``state_dict``, ``train_step``, ``val_step``,
+    ``test_step`` and attributes are those of the architecture, checkpoints
+    need no key prefix, and a Runner wraps and moves it like any other.
+
+    Deploy mode folds weights for good, so it cannot come before they are
+    loaded: use :class:`mmtune.hooks.TuneModeHook` for it.
+
+    Args:
+        architecture (dict): Config of any model.
+        modules (str | Sequence[str], optional): See
+            :func:`mmtune.turn_on`. Defaults to None.
+        mode (str): See :func:`mmtune.turn_on`. Defaults to ``'Tune'``.
+        norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
+            None.
+
+    Raises:
+        ValueError: If ``mode`` is ``'Deploy'``, and for what
+            :func:`mmtune.turn_on` refuses.
+
+    Example:
+        >>> model = dict(
+        ...     type='mmtune.TuneModeModel',
+        ...     architecture=dict(type='mmdet.RetinaNet', ...),
+        ...     modules=['backbone'])
+    """
+
+    def __new__(cls,
+                architecture: dict,
+                modules: Union[str, Sequence[str], None] = None,
+                mode: str = 'Tune',
+                norm_eval: Optional[bool] = None) -> nn.Module:
+        if str(mode).lower() == 'deploy':
+            raise ValueError(
+                "TuneModeModel cannot have mode 'Deploy', which folds weights "
+                'that are loaded only later; use '
+                "default_hooks=dict(tune_mode=dict(type='mmtune.TuneModeHook'"
+                ", mode='Deploy'))")
+        model = MMENGINE_MODELS.build(architecture)
+        turn_on(model, mode=mode, modules=modules, norm_eval=norm_eval)
+        return model
