@@ -1,6 +1,7 @@
 """``turn_on`` and ``turn_off``: put a model into one of the paper's modes."""
+import contextlib
 from collections import Counter
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from mmtune.functional import fold, norm_coefficients
 from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
 from mmtune.report import Report, Row
 
-__all__ = ['MODES', 'FoldedNorm', 'latest_runs', 'turn_off', 'turn_on']
+__all__ = [
+    'MODES', 'FoldedNorm', 'keep_folds', 'latest_runs', 'turn_off', 'turn_on'
+]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
 
@@ -117,6 +120,32 @@ def turn_off(model: nn.Module) -> None:
     _check_module(model)
     _check_not_deployed(model)
     _release(model)
+
+
+@contextlib.contextmanager
+def keep_folds(model: nn.Module) -> Iterator[None]:
+    """Fold once, not at every call, while nothing changes.
+
+    For validation: inside, a block in Tune mode that needs no gradient goes
+    on with its first fold, at the cost of Deploy mode. A parameter or a
+    statistic that is replaced or changed in place is noticed and folded
+    anew. One that is changed through ``.data`` is not: torch keeps no trace
+    of that, which is why folds are not kept elsewhere.
+
+    Args:
+        model (nn.Module): After :func:`turn_on`.
+    """
+    states = [
+        module._tune_state for module in model.modules()
+        if behaviour_of(module) is FoldingNorm
+    ]
+    for state in states:
+        state.keeps_fold = True
+    try:
+        yield
+    finally:
+        for state in states:
+            state.keeps_fold, state.kept_fold = False, None
 
 
 def latest_runs(model: nn.Module) -> Dict[str, str]:

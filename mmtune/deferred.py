@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mmtune.convs import ConvKind, conv_kind
-from mmtune.functional import fold_and_convolve, norm_coefficients
+from mmtune.functional import (convolve, fold, fold_and_convolve,
+                               needs_gradient, norm_coefficients)
 
 __all__ = [
     'BlockScope', 'DeferredConv', 'DeferringConv', 'FoldingNorm', 'HeldNorm',
@@ -39,13 +40,13 @@ def _autocast_dtype(device_type: str) -> Optional[torch.dtype]:
     return None
 
 
-def _version(x: Tensor) -> Optional[int]:
+def _version(x: Optional[Tensor]) -> Optional[int]:
     """Counts in-place changes, where they are counted.
 
     Inference tensors do not count them, and the compiler cannot ask; there
     the trace has to be believed, which found nothing between the two.
     """
-    if torch.compiler.is_compiling() or x.is_inference():
+    if x is None or torch.compiler.is_compiling() or x.is_inference():
         return None
     return x._version
 
@@ -240,6 +241,33 @@ class Deferral:
         return called_by_block and any(p.may_defer() for p in self.pairs)
 
 
+class KeptFold:
+    """A fold that may serve again as long as nothing that it was made from
+    is replaced or changed.
+
+    Args:
+        made_from (tuple[Tensor | None]): Parameters and statistics.
+        eps (float): Of the normalization.
+        folded (tuple[Tensor, Tensor]): Weight and bias.
+        dtype (torch.dtype): What the convolution runs in.
+    """
+
+    def __init__(self, made_from: Tuple[Optional[Tensor], ...], eps: float,
+                 folded: Tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        self.made_from = made_from
+        self.versions = [_version(t) for t in made_from]
+        self.eps = eps
+        self.folded = tuple(t.to(dtype) for t in folded)
+
+    def serves(self, made_from: Tuple[Optional[Tensor], ...], eps: float,
+               dtype: torch.dtype) -> bool:
+        """Whether it still is the fold of these."""
+        return (self.eps == eps and self.folded[0].dtype == dtype
+                and all(new is old
+                        for new, old in zip(made_from, self.made_from))
+                and self.versions == [_version(t) for t in made_from])
+
+
 class NormState:
     """State of a :class:`HeldNorm` or :class:`FoldingNorm`.
 
@@ -249,12 +277,17 @@ class NormState:
         asked (bool): The ``training`` flag that was asked for last.
         ran (str, optional): How the latest forward ran: 'fused', 'stock',
             or 'train mode' (stock, with the statistics of the batch).
+        keeps_fold (bool): Whether a fold that no gradient needs may serve
+            again.
+        kept_fold (KeptFold, optional): That fold.
     """
 
     def __init__(self, asked: bool, hold: Optional[bool] = None) -> None:
         self.asked = asked
         self.hold = hold
         self.ran: Optional[str] = None
+        self.keeps_fold = False
+        self.kept_fold: Optional[KeptFold] = None
 
 
 class BlockScope(nn.Module):
@@ -330,20 +363,31 @@ class FoldingNorm(HeldNorm):
         return super().forward(input)
 
     def _fold(self, deferred: DeferredConv) -> Tensor:
-        conv, x = deferred.conv, deferred.input
-        weight_coeff, bias_delta = norm_coefficients(
-            self.running_mean, self.running_var, self.eps,
-            deferred.weight.dim())
-        conv.weight_coeff = weight_coeff.to(self.running_var.dtype)
-        conv.bias_delta = bias_delta.to(self.running_mean.dtype)
+        state, conv, x = self._tune_state, deferred.conv, deferred.input
+        state.ran = 'fused'
         autocast_dtype = deferred.context[1]
         if autocast_dtype is not None and x.dtype != torch.float64:
             x = x.to(autocast_dtype)
         x, conv_args = conv._tune_deferral.kind.geometry(conv, x)
-        self._tune_state.ran = 'fused'
-        return fold_and_convolve(x, deferred.weight, deferred.bias,
-                                 self.weight, self.bias, weight_coeff,
-                                 bias_delta, conv_args)
+        tensors = (deferred.weight, deferred.bias, self.weight, self.bias)
+        if state.keeps_fold and not needs_gradient(x, *tensors):
+            kept = state.kept_fold
+            made_from = (*tensors, self.running_mean, self.running_var)
+            if kept is None or not kept.serves(made_from, self.eps, x.dtype):
+                folded = fold(*tensors, *self._refresh(conv))
+                kept = state.kept_fold = KeptFold(made_from, self.eps, folded,
+                                                  x.dtype)
+            return convolve(x, kept.folded, conv_args)
+        return fold_and_convolve(x, *tensors, *self._refresh(conv), conv_args)
+
+    def _refresh(self, conv: nn.Module) -> Tuple[Tensor, Tensor]:
+        """Bring the convolution's buffers up to date with the statistics."""
+        weight_coeff, bias_delta = norm_coefficients(
+            self.running_mean, self.running_var, self.eps,
+            conv.weight.dim())
+        conv.weight_coeff = weight_coeff.to(self.running_var.dtype)
+        conv.bias_delta = bias_delta.to(self.running_mean.dtype)
+        return weight_coeff, bias_delta
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ', tune=True'

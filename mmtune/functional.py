@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ['ConvArgs', 'fold', 'fold_and_convolve', 'norm_coefficients']
+__all__ = [
+    'ConvArgs', 'convolve', 'fold', 'fold_and_convolve', 'norm_coefficients'
+]
 
 
 class ConvArgs(NamedTuple):
@@ -113,20 +115,35 @@ def fold_and_convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor],
     Returns:
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
     """
-    tensors = (x, weight, bias, bn_weight, bn_bias)
-    if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors):
-        return _FoldAndConvolve.apply(*tensors, weight_coeff, bias_delta,
-                                      conv_args)
-    return _forward(*tensors, weight_coeff, bias_delta, conv_args)
+    if needs_gradient(x, weight, bias, bn_weight, bn_bias):
+        return _FoldAndConvolve.apply(x, weight, bias, bn_weight, bn_bias,
+                                      weight_coeff, bias_delta, conv_args)
+    return convolve(
+        x, fold(weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta),
+        conv_args)
 
 
-def _forward(x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta,
-             conv_args):
-    folded_weight, folded_bias = fold(weight, bias, bn_weight, bn_bias,
-                                      weight_coeff, bias_delta)
-    return torch.convolution(x, folded_weight.to(x.dtype),
-                             folded_bias.to(x.dtype), *conv_args)
+def needs_gradient(*tensors: Optional[Tensor]) -> bool:
+    """Whether autograd records what is done to the tensors."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors)
+
+
+def convolve(x: Tensor, folded: Tuple[Tensor, Tensor],
+             conv_args: ConvArgs) -> Tensor:
+    """Run a convolution with what :func:`fold` returns.
+
+    Args:
+        x (Tensor): Shape (batch, in_channels, ...).
+        folded (tuple[Tensor, Tensor]): Weight and bias, of any dtype.
+        conv_args (ConvArgs): Geometry of the convolution.
+
+    Returns:
+        Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
+    """
+    weight, bias = folded
+    return torch.convolution(x, weight.to(x.dtype), bias.to(x.dtype),
+                             *conv_args)
 
 
 class _FoldAndConvolve(torch.autograd.Function):
@@ -135,8 +152,9 @@ class _FoldAndConvolve(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta,
                 conv_args):
-        return _forward(x, weight, bias, bn_weight, bn_bias, weight_coeff,
-                        bias_delta, conv_args)
+        folded = fold(weight, bias, bn_weight, bn_bias, weight_coeff,
+                      bias_delta)
+        return convolve(x, folded, conv_args)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs, output):

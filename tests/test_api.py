@@ -7,7 +7,7 @@ from torch import nn
 import mmtune
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
-from mmtune.api import MODES, FoldedNorm, latest_runs
+from mmtune.api import MODES, FoldedNorm, keep_folds, latest_runs
 from tests.oracle import (assert_equal_steps, randomize, runs, step,
                           stock_copy)
 
@@ -377,3 +377,59 @@ def test_tune_keeps_what_deploy_keeps(net):
 
 def test_public_names():
     assert set(mmtune.__all__) == {'__version__', 'turn_off', 'turn_on'}
+
+
+class CountFolds(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts reciprocal square roots: one a fold, none elsewhere."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.rsqrt.default
+        return func(*args, **(kwargs or {}))
+
+
+def folds(model, x):
+    with CountFolds() as counter:
+        y = model(x)
+    return counter.count, y
+
+
+def test_keep_folds_folds_once(net, x):
+    stock = stock_copy(net)
+    turn_on(net)
+    with torch.no_grad():
+        assert folds(net, x)[0] == folds(net, x)[0] == 3
+        with keep_folds(net):
+            assert [folds(net, x)[0] for _ in range(3)] == [3, 0, 0]
+            torch.testing.assert_close(net(x), stock(x))
+        assert folds(net, x)[0] == 3
+
+
+@pytest.mark.parametrize('change', [
+    lambda m: m.load_state_dict(
+        {k: v * 2 for k, v in m.state_dict().items()}),
+    lambda m: setattr(m.backbone[1], 'eps', 1.),
+    lambda m: m.backbone[0].weight.copy_(torch.ones(1)),
+    lambda m: m.backbone[1].running_var.mul_(2),
+    lambda m: setattr(m.backbone[3], 'bias', nn.Parameter(
+        torch.ones(8).double())),
+    lambda m: setattr(m.head[1], 'running_mean', torch.ones(4).double()),
+])
+def test_kept_folds_follow_changes(net, x, change):
+    stock = stock_copy(net)
+    turn_on(net)
+    with torch.no_grad(), keep_folds(net):
+        net(x)
+        for model in (stock, net):
+            change(model)
+        torch.testing.assert_close(net(x), stock(x))
+
+
+def test_kept_folds_are_not_for_gradients(net, x):
+    stock = stock_copy(net)
+    turn_on(net)
+    with keep_folds(net):
+        with torch.no_grad():
+            net(x)
+        assert_equal_steps(step(stock, x), step(net, x))

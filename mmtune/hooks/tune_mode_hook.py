@@ -1,4 +1,5 @@
 """Put a Runner's model into one of the paper's modes, by config."""
+import contextlib
 from collections import Counter
 from typing import Optional, Sequence, Union
 
@@ -7,7 +8,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmtune.api import latest_runs, turn_on
+from mmtune.api import keep_folds, latest_runs, turn_on
 from mmtune.registry import HOOKS
 
 __all__ = ['TuneModeHook']
@@ -55,6 +56,7 @@ class TuneModeHook(Hook):
         self._key_in_config = None
         self._pending_deploy: Optional[dict] = None
         self._reported = False
+        self._epoch = contextlib.ExitStack()
 
     def before_run(self, runner) -> None:
         """Turn the mode on, and keep MMEngine from doing its own rewrite.
@@ -110,6 +112,31 @@ class TuneModeHook(Hook):
         if not self._reported:
             self._reported = True
             _log_runs(runner, _unwrapped(runner.model))
+
+    def before_val_epoch(self, runner) -> None:
+        """Fold once for the whole epoch, in which nothing changes.
+
+        Args:
+            runner (Runner): The runner of the validation.
+        """
+        self._epoch.enter_context(keep_folds(runner.model))
+
+    def after_val_epoch(self, runner, metrics: Optional[dict] = None) -> None:
+        """Fold at every call again, before anybody swaps weights back.
+
+        Args:
+            runner (Runner): The runner of the validation.
+            metrics (dict, optional): Unused.
+        """
+        self._epoch.close()
+
+    def before_test_epoch(self, runner) -> None:
+        """See :meth:`before_val_epoch`."""
+        self.before_val_epoch(runner)
+
+    def after_test_epoch(self, runner, metrics: Optional[dict] = None) -> None:
+        """See :meth:`after_val_epoch`."""
+        self._epoch.close()
 
     def _options(self, runner) -> dict:
         key = runner.cfg.get(CONFIG_KEY)
