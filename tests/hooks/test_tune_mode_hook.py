@@ -1,0 +1,307 @@
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from mmtune.api import FoldedNorm, latest_runs
+from tests import toy
+from tests.toy import TUNE, build_runner, logged, losses
+
+KEY = 'efficient_conv_bn_eval'
+
+
+def train(*args, **options):
+    runner = build_runner(*args, **options)
+    runner.train()
+    return runner
+
+
+def assert_same_run(stock, tuned, tolerance=1e-5):
+    assert len(losses(stock)) == len(losses(tuned)) > 0
+    torch.testing.assert_close(
+        losses(tuned), losses(stock), rtol=tolerance, atol=tolerance)
+    states = stock.model.state_dict(), tuned.model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(
+            states[1][name], value, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_is_found_without_custom_imports():
+    hook = HOOKS.build(Config(TUNE).tune_mode)
+    assert type(hook).__name__ == 'TuneModeHook'
+
+
+WAYS = {
+    'plain': {},
+    'validation': dict(validate=True),
+    'FlexibleRunner': dict(flexible=True),
+    'FlexibleRunner with validation': dict(flexible=True, validate=True),
+    'accumulation': dict(
+        optim_wrapper=dict(
+            type='OptimWrapper',
+            accumulative_counts=2,
+            clip_grad=dict(max_norm=1.),
+            optimizer=dict(type='SGD', lr=.1))),
+    'EMA': dict(
+        validate=True,
+        custom_hooks=[
+            dict(type='RecordHook'),
+            dict(type='EMAHook', ema_type='ExponentialMovingAverage')
+        ]),
+    'EMA with buffers': dict(
+        validate=True,
+        custom_hooks=[
+            dict(type='RecordHook'),
+            dict(type='EMAHook', momentum=0.2, update_buffers=True)
+        ]),
+    'BNs in train mode': dict(
+        model=dict(type='ToyClassifier', norm_eval=False)),
+    'iterations': dict(
+        validate=True,
+        train_cfg=dict(by_epoch=False, max_iters=6, val_interval=2),
+        default_hooks=dict(checkpoint=dict(
+            type='CheckpointHook', by_epoch=False, interval=2))),
+    'activation checkpointing': dict(activation_checkpointing=['backbone']),
+    'compile': dict(compile=dict(backend='aot_eager')),
+}
+
+
+@pytest.mark.parametrize('options', WAYS.values(), ids=WAYS)
+def test_runs_like_stock(options, tmp_path):
+    stock = train(tmp_path / 'stock', **options)
+    hooks = dict(options.get('default_hooks', {}), **TUNE)
+    tuned = train(tmp_path / 'tuned', **{**options, 'default_hooks': hooks})
+    assert_same_run(stock, tuned)
+    runs = latest_runs(tuned.model)
+    trained_bns = options.get('model', {}).get('norm_eval') is False
+    validated = options.get('validate', False)
+    backbone = 'fused' if validated or not trained_bns else 'train mode'
+    assert runs['backbone.1'] == runs['backbone.4'] == backbone
+    assert runs['neck.1'] == ('fused' if validated else 'train mode')
+    assert (tmp_path / 'tuned' / 'last_checkpoint').exists()
+    if validated:
+        scalars = [
+            next((tmp_path / name).glob('*/vis_data/scalars.json')).read_text()
+            for name in ('stock', 'tuned')
+        ]
+        accuracies = [[
+            line.split('accuracy')[1][:8] for line in text.splitlines()
+            if 'accuracy' in line
+        ] for text in scalars]
+        assert accuracies[0] == accuracies[1] != []
+
+
+def test_amp_wrapper_on_the_cpu(tmp_path):
+    """AmpOptimWrapper wants an accelerator: autocast, as it would set it."""
+    results = []
+    for name, hooks in (('stock', {}), ('tuned', TUNE)):
+        runner = build_runner(tmp_path / name, default_hooks=hooks)
+        train_step = runner.model.train_step
+
+        def autocast_step(data, optim_wrapper, train_step=train_step):
+            with torch.autocast('cpu', torch.bfloat16):
+                return train_step(data, optim_wrapper)
+
+        runner.model.train_step = autocast_step
+        runner.train()
+        results.append(runner)
+    assert_same_run(*results, tolerance=2e-2)
+    assert latest_runs(results[1].model)['backbone.1'] == 'fused'
+
+
+OPTIONS = {
+    'no key': (None, {}, {'backbone.1', 'backbone.4', 'neck.1'}),
+    'name': ('backbone', {}, {'backbone.1', 'backbone.4'}),
+    'list': (['backbone', 'neck'], {}, {'backbone.1', 'backbone.4', 'neck.1'}),
+    'dict': (dict(modules=['neck']), {}, {'neck.1'}),
+    'dict without modules': (dict(mode='tune'), {},
+                             {'backbone.1', 'backbone.4', 'neck.1'}),
+    'another mode': (dict(mode='Eval'), {}, set()),
+    'argument': (None, dict(modules='neck'), {'neck.1'}),
+    'argument wins': (dict(modules=['backbone']), dict(modules=['neck']),
+                      {'neck.1'}),
+    'argument wins over mode': (dict(mode='Train', modules='neck'),
+                                dict(mode='Tune'), {'neck.1'}),
+}
+
+
+@pytest.mark.parametrize(
+    'key, arguments, expected', OPTIONS.values(), ids=OPTIONS)
+def test_config_key_and_arguments(key, arguments, expected, tmp_path,
+                                  monkeypatch):
+    from mmengine.runner import runner as runner_module
+    called = []
+    monkeypatch.setattr(runner_module, 'turn_on_efficient_conv_bn_eval',
+                        lambda *args: called.append(args))
+    runner = train(
+        tmp_path,
+        default_hooks=dict(
+            tune_mode=dict(type='mmtune.TuneModeHook', **arguments)),
+        **({} if key is None else {KEY: key}))
+    assert not called, 'the rewrite of MMEngine ran as well'
+    assert set(latest_runs(runner.model)) == expected
+    kept = Config.fromstring(
+        torch.load(tmp_path / 'epoch_2.pth')['meta']['cfg'], '.py').get(KEY)
+    assert kept == key == runner.cfg.get(KEY)
+
+
+def test_norm_eval_by_key(tmp_path):
+    runner = train(
+        tmp_path,
+        model=dict(type='ToyClassifier', norm_eval=False),
+        default_hooks=TUNE,
+        **{KEY: dict(modules=['backbone'], norm_eval=True)})
+    assert set(latest_runs(runner.model).values()) == {'fused'}
+
+
+WRONG = {
+    'typo in a name': ('bakbone', {}, "no submodule 'bakbone'"),
+    'typo in an option': (dict(modul=['backbone']), {},
+                          'takes modules, mode, norm_eval, but got modul'),
+    'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
+    'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
+    'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),
+    'nothing to tune': ('head', {}, 'nothing to put into Tune mode'),
+}
+
+
+@pytest.mark.parametrize('flexible', [False, True])
+@pytest.mark.parametrize(
+    'key, arguments, message', WRONG.values(), ids=WRONG)
+def test_mistakes_stop_before_training(key, arguments, message, flexible,
+                                       tmp_path):
+    runner = build_runner(
+        tmp_path,
+        flexible,
+        default_hooks=dict(
+            tune_mode=dict(type='mmtune.TuneModeHook', **arguments)),
+        **({} if key is None else {KEY: key}))
+    with pytest.raises(ValueError, match=message):
+        runner.train()
+    assert losses(runner) == []
+
+
+def test_unknown_argument_of_the_hook(tmp_path):
+    with pytest.raises(TypeError, match='module'):
+        build_runner(
+            tmp_path,
+            default_hooks=dict(
+                tune_mode=dict(type='mmtune.TuneModeHook', module='neck')))
+
+
+def test_log_says_what_was_fused(tmp_path):
+    runner = train(tmp_path, default_hooks=TUNE)
+    log = logged(runner)
+    assert 'backbone.0  backbone.1  Tune' in log
+    assert log.count('Blocks in the first iteration: 2 fused, 1 train') == 1
+    assert log.count('1 of 3 blocks ran as stock since their BatchNorm') == 1
+    assert "the first is 'neck.1'" in log and 'norm_eval=True' in log
+
+
+def test_log_does_not_warn_without_need(tmp_path):
+    runner = train(tmp_path, default_hooks=TUNE, **{KEY: ['backbone']})
+    assert 'ran as stock' not in logged(runner)
+
+
+# FlexibleRunner loads before EMAHook has a model to load into: stock fails.
+@pytest.mark.parametrize('flexible, ema', [(False, False), (False, True),
+                                           (True, False)])
+def test_resume_continues_exactly(flexible, ema, tmp_path):
+    hooks = [dict(type='RecordHook')]
+    if ema:
+        hooks.append(dict(type='EMAHook'))
+    whole = train(
+        tmp_path / 'whole',
+        flexible,
+        default_hooks=TUNE,
+        custom_hooks=hooks,
+        train_cfg=dict(by_epoch=True, max_epochs=3))
+    train(
+        tmp_path / 'parts',
+        flexible,
+        default_hooks=TUNE,
+        custom_hooks=hooks,
+        train_cfg=dict(by_epoch=True, max_epochs=2))
+    resumed = train(
+        tmp_path / 'parts',
+        flexible,
+        default_hooks=TUNE,
+        custom_hooks=hooks,
+        train_cfg=dict(by_epoch=True, max_epochs=3),
+        resume=True)
+    assert losses(resumed) == losses(whole)[-4:]
+    for one, other in zip(whole.model.state_dict().values(),
+                          resumed.model.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('written, read', [({}, TUNE), (TUNE, {})])
+def test_checkpoints_are_exchanged_with_stock(written, read, tmp_path):
+    train(tmp_path / 'a', default_hooks=written)
+    path = str(tmp_path / 'a' / 'epoch_2.pth')
+    state = CheckpointLoader.load_checkpoint(path)['state_dict']
+    toy.ToyClassifier().load_state_dict(state, strict=True)
+    ends = [
+        train(
+            tmp_path / name,
+            default_hooks=hooks,
+            load_from=path,
+            custom_hooks=[dict(type='RecordHook')])
+        for name, hooks in (('b', read), ('c', written))
+    ]
+    assert_same_run(*ends)
+
+
+def test_validation_and_test_alone(tmp_path):
+    train(tmp_path / 'a')
+    checkpoint = str(tmp_path / 'a' / 'epoch_2.pth')
+    metrics = []
+    for name, hooks in (('stock', {}), ('tuned', TUNE)):
+        runner = build_runner(
+            tmp_path / name,
+            validate=True,
+            load_from=checkpoint,
+            default_hooks=hooks,
+            test_dataloader=toy.loader(),
+            test_cfg=dict(),
+            test_evaluator=dict(type='ToyAccuracy'))
+        metrics.append((runner.val(), runner.test()))
+    assert metrics[0] == metrics[1]
+    assert set(latest_runs(runner.model).values()) == {'fused'}
+    assert not any(m._tune_state.keeps_fold for m in runner.model.modules()
+                   if isinstance(m, nn.BatchNorm2d))
+
+
+def test_deploy_folds_what_was_loaded(tmp_path):
+    train(tmp_path / 'a')
+    checkpoint = str(tmp_path / 'a' / 'epoch_2.pth')
+    options = dict(load_from=checkpoint, **{KEY: ['backbone']})
+    tuned, deployed = (
+        train(
+            tmp_path / mode,
+            default_hooks=dict(
+                tune_mode=dict(type='mmtune.TuneModeHook', mode=mode)),
+            **options) for mode in ('Tune', 'Deploy'))
+    assert isinstance(deployed.model.backbone[1], FoldedNorm)
+    # The same function at first, another path from there.
+    torch.testing.assert_close(losses(tuned)[0], losses(deployed)[0])
+    assert losses(tuned)[-1] != pytest.approx(losses(deployed)[-1], rel=1e-5)
+    trained = deployed.optim_wrapper.param_groups[0]['params']
+    assert any(deployed.model.backbone[0].bias is p for p in trained)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(resume=True), "'Deploy' cannot resume"),
+    (dict(custom_hooks=[dict(type='EMAHook')]), 'an EMAHook cannot follow'),
+])
+def test_deploy_refuses_what_it_cannot_do(options, message, tmp_path):
+    runner = build_runner(
+        tmp_path,
+        default_hooks=dict(
+            tune_mode=dict(type='mmtune.TuneModeHook', mode='Deploy')),
+        **options)
+    with pytest.raises(ValueError, match=message):
+        runner.train()

@@ -1,0 +1,175 @@
+"""Two processes on gloo against one process."""
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
+
+from mmtune import turn_on
+from mmtune.api import latest_runs
+from mmtune.models import TuneModeDistributedDataParallel
+from tests import toy
+from tests.oracle import randomize
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def _start(rank, world_size, port, function, results):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo')
+    try:
+        results[rank] = function(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(function, world_size=2):
+    """Run ``function(rank)`` in each process and return what each gives."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(
+            _start, (world_size, _free_port(), function, results),
+            nprocs=world_size)
+        return [results[rank] for rank in range(world_size)]
+
+
+def batch():
+    torch.manual_seed(3)
+    return torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 0, 1])
+
+
+def build():
+    return toy.ToyClassifier().double().eval()
+
+
+def gradients(model, inputs, labels):
+    for _ in range(2):
+        model.zero_grad()
+        model(inputs, labels, mode='loss')['loss'].backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters()}
+
+
+def _ddp_step(rank, **options):
+    inputs, labels = batch()
+    model = build()
+    turn_on(model)
+    ddp = nn.parallel.DistributedDataParallel(model, **options)
+    half = slice(2 * rank, 2 * rank + 2)
+    grads = gradients(ddp, inputs[half], labels[half])
+    assert set(latest_runs(model).values()) == {'fused'}
+    return {k.removeprefix('module.'): v for k, v in grads.items()}
+
+
+def _ddp_plain(rank):
+    return _ddp_step(rank)
+
+
+def _ddp_unused(rank):
+    return _ddp_step(rank, find_unused_parameters=True)
+
+
+def _ddp_static(rank):
+    return _ddp_step(rank, static_graph=True)
+
+
+def _wrapper(rank):
+    inputs, labels = batch()
+    wrapped = MODEL_WRAPPERS.build(
+        dict(
+            type='mmtune.TuneModeDistributedDataParallel',
+            module=build(),
+            modules=['backbone'],
+            device_ids=[rank]))
+    stock = build()
+    assert list(wrapped.state_dict()) == list(stock.state_dict())
+    wrapped.load_state_dict(stock.state_dict(), strict=True)
+    assert wrapped.backbone is wrapped.module.backbone
+    with pytest.raises(AttributeError):
+        wrapped.bakbone
+    expected = stock.val_step(dict(inputs=inputs, labels=labels))
+    for step in (wrapped.val_step, wrapped.test_step):
+        assert torch.equal(
+            step(dict(inputs=inputs, labels=labels)), expected)
+    half = slice(2 * rank, 2 * rank + 2)
+    grads = gradients(wrapped, inputs[half], labels[half])
+    assert list(latest_runs(wrapped.module).values()) == ['fused'] * 2
+    return {k.removeprefix('module.'): v for k, v in grads.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'function', [_ddp_plain, _ddp_unused, _ddp_static, _wrapper])
+def test_two_processes_equal_one(function):
+    expected = gradients(build(), *batch())
+    for actual in in_processes(function):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                actual[name], value, rtol=1e-10, atol=1e-12)
+
+
+def _run(rank, work_dir, options):
+    # MMEngine's launcher for gloo asks for a GPU all the same.
+    torch.cuda.set_device = lambda device: None
+    runner = toy.build_runner(
+        Path(work_dir),
+        launcher='pytorch',
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        experiment_name='distributed',
+        **options)
+    runner.train()
+    return toy.losses(runner), type(runner.model).__name__, dict(
+        latest_runs(runner.model))
+
+
+def _start_run(rank, port, work_dir, options, results):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    results[rank] = _run(rank, work_dir, options)
+
+
+@pytest.mark.slow
+def test_model_wrapper_cfg_of_a_runner(tmp_path):
+    """The wrapper by config; MMEngine's own gives device_ids on the CPU."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(
+            _start_run, (_free_port(), str(tmp_path),
+                         dict(
+                             model_wrapper_cfg=dict(
+                                 type='mmtune.TuneModeDistributedDataParallel',
+                                 modules=['backbone'])), results),
+            nprocs=2)
+        results = dict(results)
+    for rank in (0, 1):
+        losses, wrapper, runs = results[rank]
+        assert wrapper == 'TuneModeDistributedDataParallel'
+        assert len(losses) == 4
+        assert set(runs.values()) == {'fused'}
+    state = torch.load(tmp_path / 'epoch_2.pth')['state_dict']
+    toy.ToyClassifier().load_state_dict(state, strict=True)
+
+
+def test_deploy_is_refused():
+    with pytest.raises(ValueError, match="cannot have mode 'Deploy'"):
+        TuneModeDistributedDataParallel(randomize(build()), mode='Deploy')
