@@ -1,16 +1,26 @@
 """``turn_on`` and ``turn_off``: put a model into one of the paper's modes."""
 import contextlib
 from collections import Counter
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from mmtune.convs import conv_kind
-from mmtune.deferred import (BUFFERS, BlockScope, Deferral, DeferringConv,
-                             FoldingNorm, HeldNorm, NormState, Pair,
-                             add_behaviour, behaviour_of, remove_behaviour,
-                             stock_type)
+from mmtune.deferred import (
+    BUFFERS,
+    BlockScope,
+    Deferral,
+    DeferringConv,
+    FoldingNorm,
+    HeldNorm,
+    NormState,
+    Pair,
+    add_behaviour,
+    behaviour_of,
+    remove_behaviour,
+    stock_type,
+)
 from mmtune.functional import fold, norm_coefficients
 from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
 from mmtune.report import Report, Row
@@ -34,13 +44,14 @@ class FoldedNorm(nn.Identity):
         self.conv = conv
 
     def extra_repr(self) -> str:
+        """Say which convolution holds the normalization now."""
         return f'folded into {self.conv}'
 
 
 def turn_on(model: nn.Module,
             mode: str = 'Tune',
-            modules: Union[str, Sequence[str], None] = None,
-            norm_eval: Optional[bool] = None) -> Report:
+            modules: str | Sequence[str] | None = None,
+            norm_eval: bool | None = None) -> Report:
     """Put the Conv+BN blocks of a model into a mode, in place.
 
     ======  ==============================  ==============================
@@ -148,7 +159,7 @@ def keep_folds(model: nn.Module) -> Iterator[None]:
             state.keeps_fold, state.kept_fold = False, None
 
 
-def latest_runs(model: nn.Module) -> Dict[str, str]:
+def latest_runs(model: nn.Module) -> dict[str, str]:
     """How each block of a model in Tune mode ran the last time.
 
     Args:
@@ -185,7 +196,7 @@ def _check_mode(mode: str) -> str:
                      f'{mode!r}')
 
 
-def _check_norm_eval(mode: str, norm_eval: Optional[bool]) -> Optional[bool]:
+def _check_norm_eval(mode: str, norm_eval: bool | None) -> bool | None:
     """What BatchNorms are held in: ``training`` as a bool, or None."""
     if norm_eval not in (None, True, False):
         raise ValueError('`norm_eval` must be True, False or None, but got '
@@ -202,7 +213,7 @@ def _check_norm_eval(mode: str, norm_eval: Optional[bool]) -> Optional[bool]:
 
 
 def _select(model: nn.Module,
-            modules: Union[str, Sequence[str], None]) -> List[nn.Module]:
+            modules: str | Sequence[str] | None) -> list[nn.Module]:
     if modules is None:
         return [model]
     if isinstance(modules, str):
@@ -238,7 +249,7 @@ def _check_not_deployed(model: nn.Module) -> None:
             'build the model anew and load its checkpoint to leave it')
 
 
-def _check_not_empty(mode: str, roots: List[nn.Module],
+def _check_not_empty(mode: str, roots: list[nn.Module],
                      matches: Matches) -> None:
     norms = [m for root in roots for m in batch_norms(root)]
     if mode in ('Train', 'Eval') and norms:
@@ -288,7 +299,7 @@ def _hold(norm: nn.Module, training: bool) -> None:
 
 
 def _tune(model: nn.Module, matches: Matches) -> None:
-    scopes: Dict[nn.Module, List[Pair]] = {}
+    scopes: dict[nn.Module, list[Pair]] = {}
     for match in matches.pairs:
         block, conv, norm = (
             model.get_submodule(name)
@@ -308,7 +319,8 @@ def _tune(model: nn.Module, matches: Matches) -> None:
 
 
 def _defer(conv: nn.Module, norm: nn.Module) -> None:
-    deferral = Deferral(conv_kind(stock_type(conv)))
+    kind = conv_kind(stock_type(conv))
+    assert kind is not None, 'a match has a known convolution'
     weight_coeff, bias_delta = norm_coefficients(norm.running_mean,
                                                  norm.running_var, norm.eps,
                                                  conv.weight.dim())
@@ -317,7 +329,7 @@ def _defer(conv: nn.Module, norm: nn.Module) -> None:
             (norm.running_var.dtype, norm.running_mean.dtype)):
         conv.register_buffer(name, value.to(dtype), persistent=False)
     add_behaviour(conv, DeferringConv)
-    conv._tune_deferral = deferral
+    conv._tune_deferral = Deferral(kind)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@
 whose type is not in it, or that computes its output by code of its own, is
 never folded.
 """
-from typing import Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ class ConvKind:
 
     @staticmethod
     def run(conv: nn.Module, x: Tensor, weight: Tensor,
-            bias: Optional[Tensor]) -> Tensor:
+            bias: Tensor | None) -> Tensor:
         """Run the convolution as its own module would.
 
         Args:
@@ -39,7 +38,7 @@ class ConvKind:
         return conv._conv_forward(x, weight, bias)
 
     @staticmethod
-    def geometry(conv: nn.Module, x: Tensor) -> Tuple[Tensor, ConvArgs]:
+    def geometry(conv: nn.Module, x: Tensor) -> tuple[Tensor, ConvArgs]:
         """Give what ``torch.convolution`` needs to run this convolution.
 
         Args:
@@ -70,7 +69,7 @@ class ConvKind:
 
 
 # Types of mmcv are named, not imported: mmtune works without mmcv.
-CONV_KINDS: Dict[str, ConvKind] = {
+CONV_KINDS: dict[str, ConvKind] = {
     'torch.nn.modules.conv.Conv1d': ConvKind(),
     'torch.nn.modules.conv.Conv2d': ConvKind(),
     'torch.nn.modules.conv.Conv3d': ConvKind(),
@@ -79,7 +78,7 @@ CONV_KINDS: Dict[str, ConvKind] = {
 }
 
 
-def conv_kind(conv_type: type) -> Optional[ConvKind]:
+def conv_kind(conv_type: type) -> ConvKind | None:
     """Look up the kind of a convolution.
 
     A subclass counts as the nearest known type that it derives from as long

@@ -15,15 +15,21 @@ that the result is the stock one whatever the control flow.
 """
 import contextlib
 import functools
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from mmtune.convs import ConvKind, conv_kind
-from mmtune.functional import (convolve, fold, fold_and_convolve,
-                               needs_gradient, norm_coefficients)
+from mmtune.convs import ConvKind
+from mmtune.functional import (
+    convolve,
+    fold,
+    fold_and_convolve,
+    needs_gradient,
+    norm_coefficients,
+)
 
 __all__ = [
     'BlockScope', 'DeferredConv', 'DeferringConv', 'FoldingNorm', 'HeldNorm',
@@ -33,14 +39,14 @@ __all__ = [
 BUFFERS = ('weight_coeff', 'bias_delta')
 
 
-def _autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives convolutions here, None where off."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
-def _version(x: Optional[Tensor]) -> Optional[int]:
+def _version(x: Tensor | None) -> int | None:
     """Counts in-place changes, where they are counted.
 
     Inference tensors do not count them, and the compiler cannot ask; there
@@ -69,7 +75,7 @@ class DeferredConv:
         self.weight = conv.weight
         self.bias = conv.bias
         self.context = self._current_context()
-        self.output: Optional[Tensor] = None
+        self.output: Tensor | None = None
 
     def _current_context(self) -> tuple:
         return (torch.is_grad_enabled(),
@@ -125,8 +131,9 @@ class DeferredConv:
 
 
 def _inside_autograd_function() -> bool:
-    """``Function.apply`` turns forward-mode gradients off, no_grad does not;
-    inference mode does both."""
+    """Tell ``Function.forward`` from a mere ``no_grad``."""
+    # Both turn gradients off; forward-mode gradients only the first, and
+    # inference mode.
     return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()
                 or torch.is_inference_mode_enabled())
 
@@ -167,7 +174,7 @@ def _delegate_to_tensor() -> None:
         delegate = method if callable(getattr(Tensor, name)) else attribute
         setattr(DeferredConv, name, delegate(name))
     # Defining `__eq__` takes the default `__hash__` away.
-    DeferredConv.__hash__ = object.__hash__
+    setattr(DeferredConv, '__hash__', object.__hash__)  # noqa: B010
 
 
 def settle(value: Any) -> Any:
@@ -210,8 +217,7 @@ class Pair(NamedTuple):
     norm: nn.Module
 
     def may_defer(self) -> bool:
-        """Whether nobody would notice that the convolution waits: the
-        normalization can fold, and no hook is to see what passes between."""
+        """Whether the norm can fold, and no hook sees what goes to it."""
         conv, norm = self
         return not (norm.training or _has_any_global_hook()
                     or conv._forward_hooks or conv._backward_hooks
@@ -230,7 +236,7 @@ class Deferral:
 
     def __init__(self, kind: ConvKind) -> None:
         self.kind = kind
-        self.pairs: List[Pair] = []
+        self.pairs: list[Pair] = []
         self.armed = False
 
     def may_defer(self) -> bool:
@@ -242,8 +248,7 @@ class Deferral:
 
 
 class KeptFold:
-    """A fold that may serve again as long as nothing that it was made from
-    is replaced or changed.
+    """A fold that serves until what it was made from is changed.
 
     Args:
         made_from (tuple[Tensor | None]): Parameters and statistics.
@@ -252,14 +257,14 @@ class KeptFold:
         dtype (torch.dtype): What the convolution runs in.
     """
 
-    def __init__(self, made_from: Tuple[Optional[Tensor], ...], eps: float,
-                 folded: Tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, made_from: tuple[Tensor | None, ...], eps: float,
+                 folded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
         self.made_from = made_from
         self.versions = [_version(t) for t in made_from]
         self.eps = eps
         self.folded = tuple(t.to(dtype) for t in folded)
 
-    def serves(self, made_from: Tuple[Optional[Tensor], ...], eps: float,
+    def serves(self, made_from: tuple[Tensor | None, ...], eps: float,
                dtype: torch.dtype) -> bool:
         """Whether it still is the fold of these."""
         return (self.eps == eps and self.folded[0].dtype == dtype
@@ -282,18 +287,18 @@ class NormState:
         kept_fold (KeptFold, optional): That fold.
     """
 
-    def __init__(self, asked: bool, hold: Optional[bool] = None) -> None:
+    def __init__(self, asked: bool, hold: bool | None = None) -> None:
         self.asked = asked
         self.hold = hold
-        self.ran: Optional[str] = None
+        self.ran: str | None = None
         self.keeps_fold = False
-        self.kept_fold: Optional[KeptFold] = None
+        self.kept_fold: KeptFold | None = None
 
 
 class BlockScope(nn.Module):
     """Behaviour of the module whose forward calls Conv+BN pairs."""
 
-    _tune_pairs: Tuple[Pair, ...] = ()
+    _tune_pairs: tuple[Pair, ...] = ()
 
 
 def _scoped(stock_forward: Callable) -> Callable:
@@ -317,9 +322,10 @@ def _scoped(stock_forward: Callable) -> Callable:
 class DeferringConv(nn.Module):
     """Behaviour of a convolution that is followed by a normalization."""
 
-    _tune_deferral: Optional[Deferral] = None
+    _tune_deferral: Deferral | None = None
 
-    def forward(self, input: Tensor):
+    def forward(self, input: Tensor) -> 'Tensor | DeferredConv':
+        """Promise the output inside the block, compute it elsewhere."""
         deferral = self._tune_deferral
         if (deferral is not None and deferral.may_defer()
                 and isinstance(input, Tensor)):
@@ -327,15 +333,17 @@ class DeferringConv(nn.Module):
         return super().forward(input)
 
     def extra_repr(self) -> str:
-        return _mark(super().extra_repr(), self._tune_deferral, 'tune=True')
+        """Mark the convolution in ``print(model)``."""
+        return _marked(super().extra_repr(), tune=self._tune_deferral)
 
 
 class HeldNorm(nn.Module):
     """Behaviour of a normalization held in train or in eval mode."""
 
-    _tune_state: Optional[NormState] = None
+    _tune_state: NormState | None = None
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> 'HeldNorm':
+        """Note what is asked for, and do what is held."""
         state = self._tune_state
         if state is not None:
             state.asked = mode
@@ -344,26 +352,29 @@ class HeldNorm(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        hold = self._tune_state and self._tune_state.hold
-        mark = None if hold is None else f'held_in={_MODE_NAMES[hold]!r}'
-        return _mark(super().extra_repr(), mark, mark)
+        """Mark the normalization in ``print(model)``."""
+        state = self._tune_state
+        return _marked(
+            super().extra_repr(), norm_eval=state and state.hold is False,
+            norm_train=state and state.hold)
 
 
 class FoldingNorm(HeldNorm):
     """Behaviour of a normalization that runs itself and a promise as one."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: 'Tensor | DeferredConv') -> Tensor:
+        """Run a promised convolution and itself as one where it can."""
         state = self._tune_state
         if type(input) is DeferredConv:
             if state is not None and _can_fold(self, input):
-                return self._fold(input)
+                return self._fold(input, state)
             input = input.tensor()
         if state is not None:
             state.ran = 'train mode' if self.training else 'stock'
         return super().forward(input)
 
-    def _fold(self, deferred: DeferredConv) -> Tensor:
-        state, conv, x = self._tune_state, deferred.conv, deferred.input
+    def _fold(self, deferred: DeferredConv, state: NormState) -> Tensor:
+        conv, x = deferred.conv, deferred.input
         state.ran = 'fused'
         autocast_dtype = deferred.context[1]
         if autocast_dtype is not None and x.dtype != torch.float64:
@@ -380,7 +391,7 @@ class FoldingNorm(HeldNorm):
             return convolve(x, kept.folded, conv_args)
         return fold_and_convolve(x, *tensors, *self._refresh(conv), conv_args)
 
-    def _refresh(self, conv: nn.Module) -> Tuple[Tensor, Tensor]:
+    def _refresh(self, conv: nn.Module) -> tuple[Tensor, Tensor]:
         """Bring the convolution's buffers up to date with the statistics."""
         weight_coeff, bias_delta = norm_coefficients(
             self.running_mean, self.running_var, self.eps,
@@ -390,19 +401,16 @@ class FoldingNorm(HeldNorm):
         return weight_coeff, bias_delta
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ', tune=True'
+        """Mark the normalization in ``print(model)``."""
+        return _marked(super().extra_repr(), tune=self._tune_state)
 
 
-_MODE_NAMES = {True: 'train', False: 'eval'}
-
-
-def _mark(text: str, on: Any, mark: str) -> str:
-    return f'{text}, {mark}' if on is not None and mark else text
+def _marked(text: str, **marks: Any) -> str:
+    return text + ''.join(f', {name}=True' for name, on in marks.items() if on)
 
 
 def _can_fold(norm: nn.Module, deferred: DeferredConv) -> bool:
-    """Whether the stock pair would take this input, and take it as one
-    affine map for each output channel."""
+    """Whether the stock pair takes this input, as one affine map."""
     x, weight = deferred.input, deferred.weight
     if (norm.training or norm.running_mean is None
             or norm.running_var is None or not deferred.foldable()):
@@ -428,8 +436,8 @@ def _can_fold(norm: nn.Module, deferred: DeferredConv) -> bool:
 # --------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
-def _type_with(behaviour: type, stock: type) -> type:
+@functools.cache
+def _type_with(behaviour: Any, stock: Any) -> Any:
     """The class ``stock`` with ``behaviour`` before it.
 
     It carries the name of ``stock``, since users compare names.
@@ -452,23 +460,23 @@ def _reduce(self, protocol):
     return _restore, (self._tune_behaviour, self._tune_stock), state
 
 
-def _restore(behaviour: type, stock: type) -> nn.Module:
+def _restore(behaviour: Any, stock: Any) -> nn.Module:
     cls = _type_with(behaviour, stock)
     return cls.__new__(cls)
 
 
-def stock_type(module: nn.Module) -> type:
+def stock_type(module: nn.Module) -> Any:
     """The class that a module has without any behaviour of this file."""
     return getattr(type(module), '_tune_stock', type(module))
 
 
-def behaviour_of(module: nn.Module) -> Optional[type]:
+def behaviour_of(module: nn.Module) -> type | None:
     """The behaviour that was given to a module, None for a stock one."""
     active = any(name.startswith('_tune_') for name in vars(module))
     return type(module)._tune_behaviour if active else None
 
 
-def add_behaviour(module: nn.Module, behaviour: type) -> None:
+def add_behaviour(module: nn.Module, behaviour: Any) -> None:
     """Swap the class of a module for one with a behaviour before it.
 
     Args:

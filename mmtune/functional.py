@@ -12,11 +12,10 @@ Throughout, ``weight_coeff`` is ``rstd`` shaped to multiply the weight and
 ``bias_delta`` is ``-mean``; their shapes are ``(out_channels, 1, ...)`` and
 ``(out_channels,)``.
 """
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 __all__ = [
     'ConvArgs', 'convolve', 'fold', 'fold_and_convolve', 'norm_coefficients'
@@ -26,16 +25,16 @@ __all__ = [
 class ConvArgs(NamedTuple):
     """Geometry of a convolution, in the order of ``torch.convolution``."""
 
-    stride: Tuple[int, ...]
-    padding: Tuple[int, ...]
-    dilation: Tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     transposed: bool
-    output_padding: Tuple[int, ...]
+    output_padding: tuple[int, ...]
     groups: int
 
 
 def norm_coefficients(running_mean: Tensor, running_var: Tensor, eps: float,
-                      weight_dim: int) -> Tuple[Tensor, Tensor]:
+                      weight_dim: int) -> tuple[Tensor, Tensor]:
     """Turn running statistics into the two constants of the fold.
 
     Args:
@@ -55,21 +54,21 @@ def norm_coefficients(running_mean: Tensor, running_var: Tensor, eps: float,
     return weight_coeff, -running_mean.to(dtype)
 
 
-def _scale(bn_weight: Optional[Tensor], weight_coeff: Tensor) -> Tensor:
+def _scale(bn_weight: Tensor | None, weight_coeff: Tensor) -> Tensor:
     """``gamma * rstd``, shaped to multiply the weight."""
     if bn_weight is None:
         return weight_coeff
     return weight_coeff * bn_weight.view_as(weight_coeff)
 
 
-def _shift(bias: Optional[Tensor], bias_delta: Tensor) -> Tensor:
+def _shift(bias: Tensor | None, bias_delta: Tensor) -> Tensor:
     """``b - mean``, what the scale multiplies to give the folded bias."""
     return bias_delta if bias is None else bias + bias_delta
 
 
-def fold(weight: Tensor, bias: Optional[Tensor], bn_weight: Optional[Tensor],
-         bn_bias: Optional[Tensor], weight_coeff: Tensor,
-         bias_delta: Tensor) -> Tuple[Tensor, Tensor]:
+def fold(weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
+         bn_bias: Tensor | None, weight_coeff: Tensor,
+         bias_delta: Tensor) -> tuple[Tensor, Tensor]:
     """Fold a normalization with fixed statistics into a convolution.
 
     Args:
@@ -92,8 +91,8 @@ def fold(weight: Tensor, bias: Optional[Tensor], bn_weight: Optional[Tensor],
     return weight * coeff, folded_bias
 
 
-def fold_and_convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor],
-                      bn_weight: Optional[Tensor], bn_bias: Optional[Tensor],
+def fold_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None,
+                      bn_weight: Tensor | None, bn_bias: Tensor | None,
                       weight_coeff: Tensor, bias_delta: Tensor,
                       conv_args: ConvArgs) -> Tensor:
     """Run a Conv+BN block with fixed statistics as one convolution.
@@ -108,8 +107,13 @@ def fold_and_convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor],
         x (Tensor): Shape (batch, in_channels, ...), padded beforehand where
             the padding is not with zeros. Its dtype is the one that the
             convolution runs in.
-        weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta: See
-            :func:`fold`. The fold runs in their dtype, at least float32.
+        weight (Tensor): See :func:`fold`, as for the next five. The fold
+            runs in their dtype, at least float32.
+        bias (Tensor, optional): Of the convolution.
+        bn_weight (Tensor, optional): gamma.
+        bn_bias (Tensor, optional): beta.
+        weight_coeff (Tensor): From :func:`norm_coefficients`.
+        bias_delta (Tensor): From :func:`norm_coefficients`.
         conv_args (ConvArgs): Geometry of the convolution.
 
     Returns:
@@ -123,13 +127,13 @@ def fold_and_convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor],
         conv_args)
 
 
-def needs_gradient(*tensors: Optional[Tensor]) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done to the tensors."""
     return torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors)
 
 
-def convolve(x: Tensor, folded: Tuple[Tensor, Tensor],
+def convolve(x: Tensor, folded: tuple[Tensor, Tensor],
              conv_args: ConvArgs) -> Tensor:
     """Run a convolution with what :func:`fold` returns.
 
@@ -150,14 +154,17 @@ class _FoldAndConvolve(torch.autograd.Function):
     """:func:`fold_and_convolve` with a backward that folds anew."""
 
     @staticmethod
-    def forward(x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta,
-                conv_args):
+    def forward(
+            x: Tensor, weight: Tensor, bias: Tensor | None,
+            bn_weight: Tensor | None, bn_bias: Tensor | None,
+            weight_coeff: Tensor, bias_delta: Tensor,
+            conv_args: ConvArgs) -> Tensor:
         folded = fold(weight, bias, bn_weight, bn_bias, weight_coeff,
                       bias_delta)
         return convolve(x, folded, conv_args)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta, \
             conv_args = inputs
         _, needs_weight, _, needs_scale, _ = ctx.needs_input_grad[:5]
@@ -169,7 +176,8 @@ class _FoldAndConvolve(torch.autograd.Function):
                               bias_delta)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor):
+    def backward(
+            ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, bn_weight, weight_coeff, bias_delta = \
             ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_scale, needs_shift = \
@@ -182,7 +190,8 @@ class _FoldAndConvolve(torch.autograd.Function):
 
         # The gradients that a plain convolution with the folded weight has;
         # those of the folded tensors still lack the chain through the fold.
-        grad_x = grad_folded_weight = grad_folded_bias = None
+        grad_x = grad_folded_weight = None
+        grad_folded_bias: Any = None
         if x is not None:
             grad_x, grad_folded_weight, grad_folded_bias = \
                 torch.ops.aten.convolution_backward(

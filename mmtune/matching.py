@@ -8,7 +8,8 @@ really runs is decided at each call (see ``deferred.py``).
 import contextlib
 import copy
 import inspect
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -48,18 +49,18 @@ class LeftOut(NamedTuple):
     """
 
     norm: str
-    conv: Optional[str]
+    conv: str | None
     reason: str
 
 
 class Matches(NamedTuple):
     """What :func:`find_pairs` found."""
 
-    pairs: List[Match]
-    left_out: List[LeftOut]
+    pairs: list[Match]
+    left_out: list[LeftOut]
 
 
-def batch_norms(module: nn.Module) -> List[nn.Module]:
+def batch_norms(module: nn.Module) -> list[nn.Module]:
     """The BatchNorms inside a module, each once."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
@@ -78,9 +79,9 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
     names = {module: name for name, module in model.named_modules()}
     blocks = {m: None for root in roots for m in root.modules()}
     norms = {m: None for root in roots for m in batch_norms(root)}
-    calls: Dict[nn.Module, int] = {}
-    found: Dict[Tuple[nn.Module, nn.Module], Tuple[nn.Module, bool]] = {}
-    reasons: Dict[nn.Module, Tuple[Optional[nn.Module], str]] = {}
+    calls: dict[nn.Module, int] = {}
+    found: dict[tuple[nn.Module, nn.Module], tuple[nn.Module, bool]] = {}
+    reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
 
     for block in blocks:
         if not any(_is_layer(m) for m in _own_modules(block)):
@@ -88,13 +89,13 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         try:
             graphs, exact = _trace(block)
         except Exception as error:  # user code under proxies: anything
-            reason = (f'the forward of {names[block]!r} cannot be traced '
-                      f'({type(error).__name__})')
+            untraced = (f'the forward of {names[block]!r} cannot be traced '
+                        f'({type(error).__name__})')
             for module in _own_modules(block):
                 if module in norms:
-                    reasons.setdefault(module, (None, reason))
+                    reasons.setdefault(module, (None, untraced))
             continue
-        seen: Dict[nn.Module, int] = {}
+        seen: dict[nn.Module, int] = {}
         for graph in graphs:
             sites = _call_sites(block, graph)
             for module in {m for m, _ in sites}:
@@ -146,14 +147,14 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _call_sites(block: nn.Module,
-                graph: fx.Graph) -> List[Tuple[nn.Module, fx.Node]]:
+                graph: fx.Graph) -> list[tuple[nn.Module, fx.Node]]:
     return [(block.get_submodule(node.target), node) for node in graph.nodes
             if node.op == 'call_module']
 
 
 def _producer(
         block: nn.Module,
-        node: fx.Node) -> Tuple[Optional[nn.Module], Optional[str]]:
+        node: fx.Node) -> tuple[nn.Module | None, str | None]:
     """The convolution before a normalization, and why they are no pair."""
     norm = block.get_submodule(node.target)
     inputs = [*node.args, *node.kwargs.values()]
@@ -186,7 +187,7 @@ def _producer(
     return conv, None
 
 
-def _unfit_conv(conv: nn.Module) -> Optional[str]:
+def _unfit_conv(conv: nn.Module) -> str | None:
     if 'forward' in vars(conv):
         return "the convolution's forward is replaced on the instance"
     if conv_kind(stock_type(conv)) is None:
@@ -195,7 +196,7 @@ def _unfit_conv(conv: nn.Module) -> Optional[str]:
     return None
 
 
-def _unfit_norm(norm: nn.Module) -> Optional[str]:
+def _unfit_norm(norm: nn.Module) -> str | None:
     norm_type = stock_type(norm)
     if 'forward' in vars(norm):
         return "the BN's forward is replaced on the instance"
@@ -248,7 +249,7 @@ class _BlockTracer(fx.Tracer):
         return self.branch
 
 
-def _trace(block: nn.Module) -> Tuple[List[fx.Graph], bool]:
+def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool]:
     """Trace a block's forward.
 
     Returns:
@@ -275,7 +276,7 @@ def _stand_in(block: nn.Module) -> nn.Module:
     It takes what a forward under trace assigns and appends, on the block
     and on its children.
     """
-    copies: Dict[nn.Module, nn.Module] = {}
+    copies: dict[nn.Module, nn.Module] = {}
     for module in block.modules():
         stand_in = copies[module] = copy.copy(module)
         stand_in.__class__ = stock_type(module)
@@ -289,9 +290,8 @@ def _stand_in(block: nn.Module) -> nn.Module:
     return copies[block]
 
 
-def _defaults(block: nn.Module) -> Optional[dict]:
-    """Arguments that a forward has values for, so that it branches on
-    these."""
+def _defaults(block: nn.Module) -> dict | None:
+    """Values of the arguments that have one: a forward branches on them."""
     parameters = inspect.signature(stock_type(block).forward).parameters
     return {
         name: parameter.default

@@ -1,7 +1,6 @@
 """What :func:`mmtune.turn_on` did, block by block."""
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import List, Optional
 
 __all__ = ['Report', 'Row']
 
@@ -19,7 +18,7 @@ class Row:
         reason (str): Why it is left out, else empty.
     """
 
-    conv: Optional[str]
+    conv: str | None
     bn: str
     mode: str
     reason: str = ''
@@ -37,15 +36,15 @@ class Report:
     """
 
     mode: str
-    rows: List[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     @property
-    def rewritten(self) -> List[Row]:
+    def rewritten(self) -> list[Row]:
         """The rows that run in the mode asked for."""
         return [row for row in self.rows if row.mode != 'stock']
 
     @property
-    def left_out(self) -> List[Row]:
+    def left_out(self) -> list[Row]:
         """The rows that run as stock, each with its reason."""
         return [row for row in self.rows if row.mode == 'stock']
 
@@ -58,8 +57,8 @@ class Report:
         return text
 
     def __str__(self) -> str:
-        header = ('conv', 'bn', 'mode', 'reason')
-        lines = [header] + [(row.conv or '-', row.bn, row.mode, row.reason)
+        lines: list[tuple[str, ...]] = [('conv', 'bn', 'mode', 'reason')]
+        lines += [(row.conv or '-', row.bn, row.mode, row.reason)
                             for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         lines.insert(1, tuple('-' * width for width in widths) + ('------', ))

@@ -1,6 +1,6 @@
 """Compare a rewritten model with the stock one."""
 import copy
-from typing import Callable, Dict, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def leaves(output) -> list:
 
 def step(model: nn.Module,
          x: Tensor,
-         call: Optional[Callable] = None) -> Dict[str, Tensor]:
+         call: Callable | None = None) -> dict[str, Tensor]:
     """Outputs, and the gradients of input and parameters, by name.
 
     The loss weighs every output value differently, so that no error cancels.
@@ -62,8 +62,8 @@ def step(model: nn.Module,
     }
 
 
-def assert_equal_steps(stock: Dict[str, Tensor],
-                       other: Dict[str, Tensor],
+def assert_equal_steps(stock: dict[str, Tensor],
+                       other: dict[str, Tensor],
                        tolerance: float = 1e-10) -> None:
     """Same keys, same missing gradients, same values (relative to the
     largest of each tensor)."""

@@ -8,8 +8,7 @@ import mmtune
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.api import MODES, FoldedNorm, keep_folds, latest_runs
-from tests.oracle import (assert_equal_steps, randomize, runs, step,
-                          stock_copy)
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 
 class Net(nn.Module):
@@ -325,7 +324,7 @@ def test_print_shows_what_is_rewritten(net):
     turn_on(net, modules='backbone', norm_eval=True)
     lines = repr(net).splitlines()
     assert sum('tune=True' in line for line in lines) == 4
-    assert sum("held_in='eval'" in line for line in lines) == 2
+    assert sum('norm_eval=True' in line for line in lines) == 2
     turn_off(net)
     assert repr(net) == stock
 

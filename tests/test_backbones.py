@@ -8,8 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmtune import turn_on
 from mmtune.analysis import saved_bytes
-from tests.oracle import (assert_equal_steps, randomize, runs, step,
-                          stock_copy)
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 HRNET = dict(
     stage1=dict(

@@ -7,8 +7,7 @@ from mmengine.model.utils import revert_sync_batchnorm
 from torch import nn
 
 from mmtune import turn_on
-from tests.oracle import (assert_equal_steps, randomize, runs, step,
-                          stock_copy)
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.deferred import DeferredConv, settle
-from tests.oracle import (assert_equal_steps, randomize, runs, step,
-                          stock_copy)
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 
 class Block(nn.Module):

@@ -6,8 +6,12 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from mmtune.analysis import saved_bytes
-from mmtune.functional import (ConvArgs, fold, fold_and_convolve,
-                               norm_coefficients)
+from mmtune.functional import (
+    ConvArgs,
+    fold,
+    fold_and_convolve,
+    norm_coefficients,
+)
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -93,7 +93,7 @@ class ThroughModule(Base):
 class LoopOnData(Base):
 
     def forward(self, x):
-        for row in x:
+        for _ in x:
             x = self.bn(self.conv(x))
         return x
 
@@ -145,7 +145,7 @@ class Properties(Base):
         return self.bn
 
     def forward(self, x):
-        return self.norm(getattr(self, 'conv')(x))
+        return self.norm(self.conv(x))
 
 
 class Lists(nn.Module):

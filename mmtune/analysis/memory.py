@@ -1,7 +1,8 @@
 """Count the bytes of a training step, on any device, without noise."""
 import contextlib
 import weakref
-from typing import Iterator, Set
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class SavedBytes:
             _storage_id(tensor)
             for tensor in [*model.parameters(), *model.buffers()]
         }
-        self._saved: Set[_Saved] = weakref.WeakSet()
+        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     @property
     def total(self) -> int:
@@ -83,9 +84,13 @@ class PeakBytes(TorchDispatchMode):
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._known: Set[int] = set()
+        self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self,
+                           func: Callable,
+                           types: Any,
+                           args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         inputs = {
             _storage_id(leaf)
@@ -130,7 +135,7 @@ def peak_bytes() -> Iterator[PeakBytes]:
         yield tracker
 
 
-def _is_dense(leaf) -> bool:
+def _is_dense(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 

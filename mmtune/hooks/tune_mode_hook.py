@@ -1,11 +1,13 @@
 """Put a Runner's model into one of the paper's modes, by config."""
 import contextlib
 from collections import Counter
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.api import keep_folds, latest_runs, turn_on
@@ -48,17 +50,17 @@ class TuneModeHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(self,
-                 modules: Union[str, Sequence[str], None] = None,
-                 mode: Optional[str] = None,
-                 norm_eval: Optional[bool] = None) -> None:
+                 modules: str | Sequence[str] | None = None,
+                 mode: str | None = None,
+                 norm_eval: bool | None = None) -> None:
         self.arguments = dict(
             zip(OPTIONS, (modules, mode, norm_eval)))
-        self._key_in_config = None
-        self._pending_deploy: Optional[dict] = None
+        self._key_in_config: Any = None
+        self._pending_deploy: dict | None = None
         self._reported = False
         self._epoch = contextlib.ExitStack()
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Turn the mode on, and keep MMEngine from doing its own rewrite.
 
         Args:
@@ -80,7 +82,7 @@ class TuneModeHook(Hook):
         else:
             self._turn_on(runner, options)
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Give the config its key back; fold for Deploy mode.
 
         Args:
@@ -88,19 +90,19 @@ class TuneModeHook(Hook):
         """
         self._weights_are_loaded(runner)
 
-    def before_val(self, runner) -> None:
+    def before_val(self, runner: Runner) -> None:
         """See :meth:`before_train`."""
         self._weights_are_loaded(runner)
 
-    def before_test(self, runner) -> None:
+    def before_test(self, runner: Runner) -> None:
         """See :meth:`before_train`."""
         self._weights_are_loaded(runner)
 
     def after_train_iter(self,
-                         runner,
+                         runner: Runner,
                          batch_idx: int,
-                         data_batch=None,
-                         outputs: Optional[dict] = None) -> None:
+                         data_batch: Any = None,
+                         outputs: dict | None = None) -> None:
         """Log after the first iteration what really was fused.
 
         Args:
@@ -113,7 +115,7 @@ class TuneModeHook(Hook):
             self._reported = True
             _log_runs(runner, _unwrapped(runner.model))
 
-    def before_val_epoch(self, runner) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
         """Fold once for the whole epoch, in which nothing changes.
 
         Args:
@@ -121,7 +123,9 @@ class TuneModeHook(Hook):
         """
         self._epoch.enter_context(keep_folds(runner.model))
 
-    def after_val_epoch(self, runner, metrics: Optional[dict] = None) -> None:
+    def after_val_epoch(self,
+                        runner: Runner,
+                        metrics: dict | None = None) -> None:
         """Fold at every call again, before anybody swaps weights back.
 
         Args:
@@ -130,15 +134,17 @@ class TuneModeHook(Hook):
         """
         self._epoch.close()
 
-    def before_test_epoch(self, runner) -> None:
+    def before_test_epoch(self, runner: Runner) -> None:
         """See :meth:`before_val_epoch`."""
         self.before_val_epoch(runner)
 
-    def after_test_epoch(self, runner, metrics: Optional[dict] = None) -> None:
+    def after_test_epoch(self,
+                         runner: Runner,
+                         metrics: dict | None = None) -> None:
         """See :meth:`after_val_epoch`."""
         self._epoch.close()
 
-    def _options(self, runner) -> dict:
+    def _options(self, runner: Runner) -> dict:
         key = runner.cfg.get(CONFIG_KEY)
         if key is None:
             options = {}
@@ -162,12 +168,12 @@ class TuneModeHook(Hook):
                              f'{options["mode"]!r}')
         return options
 
-    def _turn_on(self, runner, options: dict) -> None:
+    def _turn_on(self, runner: Runner, options: dict) -> None:
         report = turn_on(_unwrapped(runner.model), **options)
         runner.logger.info(f'{type(self).__name__} in {report.mode} mode:\n'
                            f'{report}')
 
-    def _weights_are_loaded(self, runner) -> None:
+    def _weights_are_loaded(self, runner: Runner) -> None:
         if self._key_in_config is not None:
             runner.cfg[CONFIG_KEY] = self._key_in_config
         if self._pending_deploy is not None:
@@ -181,7 +187,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_can_deploy(runner) -> None:
+def _check_can_deploy(runner: Runner) -> None:
     if getattr(runner, '_resume', False):
         raise ValueError(
             "mode 'Deploy' cannot resume: its checkpoints hold folded "
@@ -193,7 +199,7 @@ def _check_can_deploy(runner) -> None:
 
 
 @master_only
-def _log_runs(runner, model: nn.Module) -> None:
+def _log_runs(runner: Runner, model: nn.Module) -> None:
     runs = latest_runs(model)
     if not runs:
         return

@@ -1,3 +1,4 @@
+"""Models and wrappers for MMEngine's configs."""
 from mmtune.models.distributed import TuneModeDistributedDataParallel
 from mmtune.models.tune_mode_model import TuneModeModel
 

@@ -1,5 +1,6 @@
 """Distributed training in one of the paper's modes."""
-from typing import Any, Optional, Sequence, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.model import MMDistributedDataParallel
 from torch import nn
@@ -43,10 +44,10 @@ class TuneModeDistributedDataParallel(MMDistributedDataParallel):
 
     def __init__(self,
                  module: nn.Module,
-                 modules: Union[str, Sequence[str], None] = None,
+                 modules: str | Sequence[str] | None = None,
                  mode: str = 'Tune',
-                 norm_eval: Optional[bool] = None,
-                 **kwargs) -> None:
+                 norm_eval: bool | None = None,
+                 **kwargs: Any) -> None:
         if str(mode).lower() == 'deploy':
             raise ValueError(
                 "TuneModeDistributedDataParallel cannot have mode 'Deploy', "
@@ -65,10 +66,11 @@ class TuneModeDistributedDataParallel(MMDistributedDataParallel):
                 raise
             return getattr(self.module, name)
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
         """The model's, with its keys."""
         return self.module.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any,
+                        **kwargs: Any) -> Any:
         """Load what the model itself would load."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)

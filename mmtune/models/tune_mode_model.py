@@ -1,5 +1,5 @@
 """A model in one of the paper's modes from the moment it is built."""
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
@@ -43,9 +43,10 @@ class TuneModeModel(nn.Module):
 
     def __new__(cls,
                 architecture: dict,
-                modules: Union[str, Sequence[str], None] = None,
+                modules: str | Sequence[str] | None = None,
                 mode: str = 'Tune',
-                norm_eval: Optional[bool] = None) -> nn.Module:
+                norm_eval: bool | None = None) -> nn.Module:
+        """Build the architecture, not an instance of this class."""
         if str(mode).lower() == 'deploy':
             raise ValueError(
                 "TuneModeModel cannot have mode 'Deploy', which folds weights "

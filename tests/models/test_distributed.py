@@ -100,7 +100,7 @@ def _wrapper(rank):
     wrapped.load_state_dict(stock.state_dict(), strict=True)
     assert wrapped.backbone is wrapped.module.backbone
     with pytest.raises(AttributeError):
-        wrapped.bakbone
+        _ = wrapped.bakbone
     expected = stock.val_step(dict(inputs=inputs, labels=labels))
     for step in (wrapped.val_step, wrapped.test_step):
         assert torch.equal(
