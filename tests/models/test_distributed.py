@@ -67,8 +67,12 @@ def gradients(model, inputs, labels):
 def _ddp_step(rank, **options):
     inputs, labels = batch()
     model = build()
+    wrap_first = options.pop('wrap_first', False)
+    if wrap_first:
+        ddp = nn.parallel.DistributedDataParallel(model, **options)
     turn_on(model)
-    ddp = nn.parallel.DistributedDataParallel(model, **options)
+    if not wrap_first:
+        ddp = nn.parallel.DistributedDataParallel(model, **options)
     half = slice(2 * rank, 2 * rank + 2)
     grads = gradients(ddp, inputs[half], labels[half])
     assert set(latest_runs(model).values()) == {'fused'}
@@ -77,6 +81,11 @@ def _ddp_step(rank, **options):
 
 def _ddp_plain(rank):
     return _ddp_step(rank)
+
+
+def _ddp_wrapped_first(rank):
+    """As the Hook finds it."""
+    return _ddp_step(rank, wrap_first=True)
 
 
 def _ddp_unused(rank):
@@ -113,7 +122,8 @@ def _wrapper(rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'function', [_ddp_plain, _ddp_unused, _ddp_static, _wrapper])
+    'function',
+    [_ddp_plain, _ddp_wrapped_first, _ddp_unused, _ddp_static, _wrapper])
 def test_two_processes_equal_one(function):
     expected = gradients(build(), *batch())
     for actual in in_processes(function):
