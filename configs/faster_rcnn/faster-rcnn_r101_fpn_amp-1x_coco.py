@@ -1,0 +1,3 @@
+_base_ = './faster-rcnn_r101_fpn_1x_coco.py'
+
+optim_wrapper = dict(type='AmpOptimWrapper')

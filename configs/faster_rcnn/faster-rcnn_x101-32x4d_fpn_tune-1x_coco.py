@@ -1,0 +1,3 @@
+_base_ = ['./faster-rcnn_x101-32x4d_fpn_1x_coco.py', '../_base_/tune_mode.py']
+
+default_hooks = dict(tune_mode=dict(type='mmtune.TuneModeHook'))
