@@ -20,6 +20,7 @@ from mmtune.deferred import (
     behaviour_of,
     remove_behaviour,
     stock_type,
+    type_with,
 )
 from mmtune.functional import fold, norm_coefficients
 from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
@@ -100,18 +101,20 @@ def turn_on(model: nn.Module,
     for root in roots:
         _check_not_deployed(root)
     matches = find_pairs(model, roots)
+    if mode == 'Deploy':
+        matches = _fit_for_good(model, matches)
     _check_not_empty(mode, roots, matches)
+    _check_types(model, mode, matches)
 
     for root in roots:
         _release(root)
     if hold is not None:
-        for root in roots:
-            for norm in batch_norms(root):
-                _hold(norm, hold)
+        for norm in {m: None for root in roots for m in batch_norms(root)}:
+            _hold(norm, hold)
     if mode == 'Tune':
         _tune(model, matches)
     elif mode == 'Deploy':
-        matches = _deploy(model, matches)
+        _deploy(model, matches)
     return _report(mode, matches)
 
 
@@ -150,13 +153,14 @@ def keep_folds(model: nn.Module) -> Iterator[None]:
         module._tune_state for module in model.modules()
         if behaviour_of(module) is FoldingNorm
     ]
+    before = [state.keeps_fold for state in states]
     for state in states:
-        state.keeps_fold = True
+        state.keeps_fold, state.kept_fold = True, None
     try:
         yield
     finally:
-        for state in states:
-            state.keeps_fold, state.kept_fold = False, None
+        for state, kept in zip(states, before):
+            state.keeps_fold, state.kept_fold = kept, None
 
 
 def latest_runs(model: nn.Module) -> dict[str, str]:
@@ -251,12 +255,9 @@ def _check_not_deployed(model: nn.Module) -> None:
 
 def _check_not_empty(mode: str, roots: list[nn.Module],
                      matches: Matches) -> None:
-    norms = [m for root in roots for m in batch_norms(root)]
-    if mode in ('Train', 'Eval') and norms:
+    if matches.pairs:
         return
-    if mode == 'Tune' and matches.pairs:
-        return
-    if mode == 'Deploy' and any(pair.sole for pair in matches.pairs):
+    if mode in ('Train', 'Eval') and matches.left_out:
         return
     found = Counter(
         stock_type(m).__name__ for root in roots for m in root.modules()
@@ -268,6 +269,52 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
+
+
+def _check_types(model: nn.Module, mode: str, matches: Matches) -> None:
+    """Make the classes that will be needed: a base may not allow it."""
+    if mode == 'Tune':
+        for match in matches.pairs:
+            for name, behaviour in ((match.block, BlockScope),
+                                    (match.conv, DeferringConv),
+                                    (match.norm, FoldingNorm)):
+                type_with(model.get_submodule(name), behaviour)
+
+
+def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
+    """Leave out what Deploy cannot fold: it has to be sure of every use."""
+    sole = {
+        (match.conv, match.norm)
+        for match in find_pairs(model, [model]).pairs if match.sole
+    }
+    owners = Counter(
+        id(p) for m in model.modules() for p in m._parameters.values())
+    pairs, left_out = [], list(matches.left_out)
+    for match in matches.pairs:
+        conv = model.get_submodule(match.conv)
+        norm = model.get_submodule(match.norm)
+        parameters = [
+            p for m in (conv, norm) for p in m._parameters.values()
+            if p is not None
+        ]
+        if (match.conv, match.norm) not in sole:
+            reason = 'Deploy needs a pair that is called once on every way'
+        elif 'weight' not in conv._parameters:
+            reason = 'Deploy needs a weight that is a plain parameter'
+        elif any(owners[id(p)] > 1 for p in parameters):
+            reason = 'Deploy needs parameters that no other module shares'
+        elif _has_hooks(conv) or _has_hooks(norm):
+            reason = 'Deploy would run past the hooks of the pair'
+        else:
+            pairs.append(match)
+            continue
+        left_out.append(LeftOut(match.norm, match.conv, reason))
+    return Matches(pairs, left_out)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
 
 
 # --------------------------------------------------------------------------
@@ -293,8 +340,7 @@ def _release(root: nn.Module) -> None:
 
 def _hold(norm: nn.Module, training: bool) -> None:
     state = NormState(asked=norm.training, hold=training)
-    add_behaviour(norm, HeldNorm)
-    norm._tune_state = state
+    add_behaviour(norm, HeldNorm, _tune_state=state)
     norm.train(state.asked)
 
 
@@ -306,16 +352,15 @@ def _tune(model: nn.Module, matches: Matches) -> None:
             for name in (match.block, match.conv, match.norm))
         if behaviour_of(conv) is None:
             _defer(conv, norm)
-        if behaviour_of(norm) is not FoldingNorm:
-            state = getattr(norm, '_tune_state', None)
-            add_behaviour(norm, FoldingNorm)
-            norm._tune_state = state or NormState(asked=norm.training)
-        pair = Pair(conv, norm)
-        conv._tune_deferral.pairs.append(pair)
-        scopes.setdefault(block, []).append(pair)
+        state = vars(norm).get('_tune_state')
+        add_behaviour(
+            norm,
+            FoldingNorm,
+            _tune_state=state or NormState(asked=norm.training))
+        path = match.norm.removeprefix(f'{match.block}.').split('.')
+        scopes.setdefault(block, []).append(Pair(conv, norm, tuple(path)))
     for block, pairs in scopes.items():
-        add_behaviour(block, BlockScope)
-        block._tune_pairs = tuple(pairs)
+        add_behaviour(block, BlockScope, _tune_pairs=tuple(pairs))
 
 
 def _defer(conv: nn.Module, norm: nn.Module) -> None:
@@ -328,27 +373,18 @@ def _defer(conv: nn.Module, norm: nn.Module) -> None:
             BUFFERS, (weight_coeff, bias_delta),
             (norm.running_var.dtype, norm.running_mean.dtype)):
         conv.register_buffer(name, value.to(dtype), persistent=False)
-    add_behaviour(conv, DeferringConv)
-    conv._tune_deferral = Deferral(kind)
+    add_behaviour(conv, DeferringConv, _tune_deferral=Deferral(kind))
 
 
 @torch.no_grad()
-def _deploy(model: nn.Module, matches: Matches) -> Matches:
-    """Fold each pair for good; pairs that are not sole are left out.
+def _deploy(model: nn.Module, matches: Matches) -> None:
+    """Fold each pair for good.
 
     Parameters of the model go on to serve: the convolution's weight, and its
     bias or else the BatchNorm's, so that an optimizer built beforehand
     trains the folded ones.
     """
-    folded, left_out = [], list(matches.left_out)
     for match in matches.pairs:
-        if not match.sole:
-            left_out.append(
-                LeftOut(
-                    match.norm, match.conv,
-                    'Deploy needs a pair that is called once, whatever the '
-                    'data'))
-            continue
         conv = model.get_submodule(match.conv)
         norm = model.get_submodule(match.norm)
         weight_coeff, bias_delta = norm_coefficients(
@@ -362,14 +398,13 @@ def _deploy(model: nn.Module, matches: Matches) -> Matches:
         conv.bias.copy_(bias)
         owner, _, name = match.norm.rpartition('.')
         setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
-        folded.append(match)
-    return Matches(folded, left_out)
 
 
 def _report(mode: str, matches: Matches) -> Report:
     rows = [Row(match.conv, match.norm, mode) for match in matches.pairs]
+    held = mode in ('Train', 'Eval')
     rows += [
-        Row(left.conv, left.norm, 'stock', left.reason)
-        for left in matches.left_out
+        Row(left.conv, left.norm, mode if held else 'stock',
+            '' if held else left.reason) for left in matches.left_out
     ]
     return Report(mode, rows)

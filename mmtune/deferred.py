@@ -14,12 +14,16 @@ Anything else that touches a promise makes it run the plain convolution, so
 that the result is the stock one whatever the control flow.
 """
 import contextlib
+import copy
 import functools
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from mmtune.convs import ConvKind
@@ -37,6 +41,8 @@ __all__ = [
 ]
 
 BUFFERS = ('weight_coeff', 'bias_delta')
+# What the forward of a convolution reads beside its parameters.
+SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -46,22 +52,31 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def _version(x: Tensor | None) -> int | None:
-    """Counts in-place changes, where they are counted.
+def _fingerprint(tensor: Tensor | None) -> tuple:
+    """What tells that a tensor was changed: its version and its memory.
 
-    Inference tensors do not count them, and the compiler cannot ask; there
-    the trace has to be believed, which found nothing between the two.
+    Either is None where it cannot be asked: the compiler knows neither (there
+    the trace has to be believed), inference tensors count no versions, and
+    tensors that are not plain may have no memory.
     """
-    if x is None or torch.compiler.is_compiling() or x.is_inference():
-        return None
-    return x._version
+    if tensor is None or torch.compiler.is_compiling():
+        return None, None
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return (None if tensor.is_inference() else tensor._version,
+            tensor.data_ptr() if plain else None)
+
+
+def _differs(before: tuple, now: tuple) -> bool:
+    return any(old is not None and new is not None and old != new
+               for old, new in zip(before, now))
 
 
 class DeferredConv:
     """The output of a convolution that has not run yet.
 
     Stands in for that output wherever a tensor is expected: every function
-    and method of ``torch`` sees the plain convolution's output.
+    and method of ``torch`` sees the plain convolution's output, computed from
+    what the convolution had when it was called.
 
     Args:
         conv (nn.Module): A :class:`DeferringConv`.
@@ -70,22 +85,35 @@ class DeferredConv:
 
     def __init__(self, conv: nn.Module, input: Tensor) -> None:
         self.conv = conv
+        self.kind = conv._tune_deferral.kind
         self.input = input
-        # Read now: what comes between may replace them.
         self.weight = conv.weight
         self.bias = conv.bias
+        self.settings = _settings(conv)
+        self.inside_function = _inside_autograd_function()
         self.context = self._current_context()
+        self.fingerprints = self._current_fingerprints()
         self.output: Tensor | None = None
 
     def _current_context(self) -> tuple:
         return (torch.is_grad_enabled(),
-                _autocast_dtype(self.input.device.type),
-                _version(self.input))
+                _autocast_dtype(self.input.device.type))
+
+    def _current_fingerprints(self) -> list:
+        return [
+            _fingerprint(t) for t in (self.input, self.weight, self.bias)
+        ]
+
+    def _changed(self) -> bool:
+        return any(
+            _differs(before, now) for before, now in zip(
+                self.fingerprints, self._current_fingerprints()))
 
     def foldable(self) -> bool:
-        """Whether a fold would still see what the convolution was given."""
-        return (self.output is None
-                and self.context == self._current_context())
+        """Whether a fold would see what the convolution was given."""
+        return (self.output is None and self.context == self._current_context()
+                and self.settings == _settings(self.conv)
+                and not self._changed())
 
     def tensor(self) -> Tensor:
         """Run the plain convolution, once.
@@ -94,44 +122,59 @@ class DeferredConv:
             Tensor: Shape (batch, out_channels, ...).
 
         Raises:
-            RuntimeError: If the input was changed in place since the
-                convolution was called, or if the promise was handed to a
-                ``torch.autograd.Function``, which would lose its gradient.
+            RuntimeError: If the input or the weight was changed in place
+                since the convolution was called, or if the promise went into
+                or out of a ``torch.autograd.Function``, which would lose its
+                gradient.
         """
         if self.output is None:
-            grad_enabled, autocast_dtype, version = self.context
-            if version != self._current_context()[-1]:
-                raise RuntimeError(
-                    f'The input of {self.conv} was changed in place between '
-                    'its call and the use of its output; exclude the block '
-                    'by the `modules` argument of `mmtune.turn_on`.')
-            if grad_enabled and _inside_autograd_function():
-                raise RuntimeError(
-                    f'The output of {self.conv} went into a '
-                    '`torch.autograd.Function` where its normalization was '
-                    'expected; exclude the block by the `modules` argument '
-                    'of `mmtune.turn_on`.')
-            with contextlib.ExitStack() as stack:
-                if grad_enabled != torch.is_grad_enabled():
-                    stack.enter_context(torch.set_grad_enabled(grad_enabled))
-                device_type = self.input.device.type
-                if autocast_dtype != _autocast_dtype(device_type):
-                    stack.enter_context(
-                        torch.autocast(
-                            device_type,
-                            autocast_dtype,
-                            enabled=autocast_dtype is not None))
-                self.output = self.conv._tune_deferral.kind.run(
-                    self.conv, self.input, self.weight, self.bias)
+            self.output = self._run()
         return self.output
+
+    def _run(self) -> Tensor:
+        grad_enabled, autocast_dtype = self.context
+        if self._changed():
+            raise RuntimeError(
+                f'The input or a parameter of {self.conv} was changed in '
+                'place between its call and the use of its output; exclude '
+                'the block by the `modules` argument of `mmtune.turn_on`.')
+        inside_function = _inside_autograd_function()
+        if (grad_enabled if inside_function else self.inside_function):
+            raise RuntimeError(
+                f'The output of {self.conv} went '
+                f'{"into" if inside_function else "out of"} a '
+                '`torch.autograd.Function` where its normalization was '
+                'expected; exclude the block by the `modules` argument of '
+                '`mmtune.turn_on`.')
+        conv = self.conv
+        if self.settings != _settings(conv):
+            conv = copy.copy(conv)
+            vars(conv).update(zip(SETTINGS, self.settings))
+        with contextlib.ExitStack() as stack:
+            if grad_enabled != torch.is_grad_enabled():
+                stack.enter_context(torch.set_grad_enabled(grad_enabled))
+            device_type = self.input.device.type
+            if autocast_dtype != _autocast_dtype(device_type):
+                stack.enter_context(
+                    torch.autocast(
+                        device_type,
+                        autocast_dtype,
+                        enabled=autocast_dtype is not None))
+            return self.kind.run(conv, self.input, self.weight, self.bias)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return func(*settle(args), **settle(kwargs or {}))
 
 
+def _settings(conv: nn.Module) -> tuple:
+    return tuple([getattr(conv, name) for name in SETTINGS])
+
+
 def _inside_autograd_function() -> bool:
     """Tell ``Function.forward`` from a mere ``no_grad``."""
+    if torch.compiler.is_compiling():
+        return False
     # Both turn gradients off; forward-mode gradients only the first, and
     # inference mode.
     return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()
@@ -140,6 +183,16 @@ def _inside_autograd_function() -> bool:
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _inside_transform() -> bool:
+    """Whether something follows tensors that must meet stock modules."""
+    if torch.compiler.is_compiling():
+        return False
+    traced = torch._C._get_tracing_state() is not None
+    return (torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or (traced and torch.is_grad_enabled()))
 
 
 def _delegate_to_tensor() -> None:
@@ -186,8 +239,6 @@ def settle(value: Any) -> Any:
     Returns:
         The value itself where it holds no promise.
     """
-    if isinstance(value, Tensor):
-        return value
     if type(value) is DeferredConv:
         return value.tensor()
     if isinstance(value, (tuple, list)):
@@ -211,18 +262,54 @@ _delegate_to_tensor()
 
 
 class Pair(NamedTuple):
-    """A convolution and the normalization that follows it in one forward."""
+    """A convolution and the normalization that follows it in one forward.
+
+    Attributes:
+        conv (nn.Module): The convolution.
+        norm (nn.Module): The normalization.
+        norm_path (tuple[str]): Where the block has the normalization.
+    """
 
     conv: nn.Module
     norm: nn.Module
+    norm_path: tuple[str, ...]
 
-    def may_defer(self) -> bool:
+    def may_defer(self, block: nn.Module) -> bool:
         """Whether the norm can fold, and no hook sees what goes to it."""
-        conv, norm = self
-        return not (norm.training or _has_any_global_hook()
-                    or conv._forward_hooks or conv._backward_hooks
-                    or conv._backward_pre_hooks or norm._forward_pre_hooks
-                    or norm._backward_hooks)
+        conv, norm = self.conv, self.norm
+        module: Any = block
+        for name in self.norm_path:
+            module = None if module is None else module._modules.get(name)
+        # Else the norm was replaced, or one of the two turned off.
+        return (module is norm and conv._tune_deferral is not None
+                and norm._tune_state is not None and not norm.training
+                and not (_has_any_global_hook() or conv._forward_hooks
+                         or conv._backward_hooks or conv._backward_pre_hooks
+                         or norm._forward_pre_hooks or norm._backward_hooks))
+
+
+class BlockRun:
+    """One run of a block's forward, and the promises made in it."""
+
+    def __init__(self) -> None:
+        self.inside_function = _inside_autograd_function()
+        self.promises: list[weakref.ref] = []
+
+    def promise(self, conv: nn.Module, input: Tensor) -> DeferredConv:
+        """Promise the output of a convolution called in this run."""
+        deferred = DeferredConv(conv, input)
+        if not torch.compiler.is_compiling():
+            self.promises.append(weakref.ref(deferred))
+        return deferred
+
+    def finish(self, output: Any) -> Any:
+        """Let no promise outlive the block, wherever it was put."""
+        output = settle(output)
+        for reference in self.promises:
+            deferred = reference()
+            if deferred is not None:
+                deferred.tensor()
+        return output
 
 
 class Deferral:
@@ -230,21 +317,38 @@ class Deferral:
 
     Attributes:
         kind (ConvKind): How the convolution runs.
-        pairs (list[Pair]): The pairs that it is in.
-        armed (bool): Whether a forward that calls such a pair is running.
+        runs (dict[int, BlockRun]): By thread, the run of a block that calls
+            the convolution and its normalization.
+        deferred (bool): Whether the latest call in a forward deferred, or
+            could have.
+        stays_inside (bool): Whether an autograd function that called the
+            convolution was seen to call the normalization as well.
     """
 
     def __init__(self, kind: ConvKind) -> None:
         self.kind = kind
-        self.pairs: list[Pair] = []
-        self.armed = False
+        self.runs: dict[int, BlockRun] = {}
+        self.deferred = False
+        self.stays_inside = False
 
-    def may_defer(self) -> bool:
-        """Whether a promise would be understood where it goes."""
-        # An activation checkpoint runs a part of the block's forward anew,
-        # from within the backward pass.
-        called_by_block = self.armed or _inside_backward()
-        return called_by_block and any(p.may_defer() for p in self.pairs)
+    def run_of_call(self) -> BlockRun | None:
+        """The run that a call of now may make a promise in, if any."""
+        run = self.runs.get(_thread())
+        if run is None and _inside_backward():
+            # An activation checkpoint runs a part of the block's forward
+            # anew, and has to meet there what it met the first time.
+            return BlockRun() if self.deferred else None
+        # A promise made inside an autograd function (a checkpoint is one)
+        # could leave it, without its gradient.
+        self.deferred = (
+            run is not None and not _inside_transform()
+            and (self.stays_inside
+                 or run.inside_function == _inside_autograd_function()))
+        return run if self.deferred else None
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class KeptFold:
@@ -260,9 +364,9 @@ class KeptFold:
     def __init__(self, made_from: tuple[Tensor | None, ...], eps: float,
                  folded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
         self.made_from = made_from
-        self.versions = [_version(t) for t in made_from]
+        self.fingerprints = [_fingerprint(t) for t in made_from]
         self.eps = eps
-        self.folded = tuple(t.to(dtype) for t in folded)
+        self.folded = (folded[0].to(dtype), folded[1].to(dtype))
 
     def serves(self, made_from: tuple[Tensor | None, ...], eps: float,
                dtype: torch.dtype) -> bool:
@@ -270,7 +374,10 @@ class KeptFold:
         return (self.eps == eps and self.folded[0].dtype == dtype
                 and all(new is old
                         for new, old in zip(made_from, self.made_from))
-                and self.versions == [_version(t) for t in made_from])
+                # Tensors that count no versions could have changed unseen.
+                and all(t is None or before[0] is not None
+                        for t, before in zip(made_from, self.fingerprints))
+                and self.fingerprints == [_fingerprint(t) for t in made_from])
 
 
 class NormState:
@@ -306,15 +413,23 @@ def _scoped(stock_forward: Callable) -> Callable:
 
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
-        deferrals = [pair.conv._tune_deferral for pair in self._tune_pairs]
-        before = [deferral.armed for deferral in deferrals]
-        for deferral in deferrals:
-            deferral.armed = True
+        run, thread = BlockRun(), _thread()
+        runs = [
+            pair.conv._tune_deferral.runs for pair in self._tune_pairs
+            if pair.may_defer(self)
+        ]
+        before = [of_conv.get(thread) for of_conv in runs]
+        for of_conv in runs:
+            of_conv[thread] = run
         try:
-            return settle(stock_forward(self, *args, **kwargs))
+            output = stock_forward(self, *args, **kwargs)
         finally:
-            for deferral, armed in zip(deferrals, before):
-                deferral.armed = armed
+            for of_conv, outer in zip(runs, before):
+                if outer is None:
+                    of_conv.pop(thread, None)
+                else:
+                    of_conv[thread] = outer
+        return run.finish(output)
 
     return forward
 
@@ -326,11 +441,15 @@ class DeferringConv(nn.Module):
 
     def forward(self, input: Tensor) -> 'Tensor | DeferredConv':
         """Promise the output inside the block, compute it elsewhere."""
-        deferral = self._tune_deferral
-        if (deferral is not None and deferral.may_defer()
-                and isinstance(input, Tensor)):
-            return DeferredConv(self, input)
-        return super().forward(input)
+        input = settle(input)
+        if self._tune_deferral is not None:
+            run = self._tune_deferral.run_of_call()
+            if run is not None and isinstance(input, Tensor):
+                return run.promise(self, input)
+        output = super().forward(input)
+        if self._tune_deferral is not None and _inside_autograd_function():
+            output._tune_deferral = self._tune_deferral
+        return output
 
     def extra_repr(self) -> str:
         """Mark the convolution in ``print(model)``."""
@@ -347,6 +466,7 @@ class HeldNorm(nn.Module):
         state = self._tune_state
         if state is not None:
             state.asked = mode
+            state.kept_fold = None
             if state.hold is not None:
                 mode = state.hold
         return super().train(mode)
@@ -369,8 +489,14 @@ class FoldingNorm(HeldNorm):
             if state is not None and _can_fold(self, input):
                 return self._fold(input, state)
             input = input.tensor()
+        elif _inside_autograd_function():
+            deferral = getattr(input, '_tune_deferral', None)
+            if deferral is not None:
+                deferral.stays_inside = deferral.deferred = True
         if state is not None:
             state.ran = 'train mode' if self.training else 'stock'
+            # Statistics change without a change of version.
+            state.kept_fold = None
         return super().forward(input)
 
     def _fold(self, deferred: DeferredConv, state: NormState) -> Tensor:
@@ -379,7 +505,7 @@ class FoldingNorm(HeldNorm):
         autocast_dtype = deferred.context[1]
         if autocast_dtype is not None and x.dtype != torch.float64:
             x = x.to(autocast_dtype)
-        x, conv_args = conv._tune_deferral.kind.geometry(conv, x)
+        x, conv_args = deferred.kind.geometry(conv, x)
         tensors = (deferred.weight, deferred.bias, self.weight, self.bias)
         if state.keeps_fold and not needs_gradient(x, *tensors):
             kept = state.kept_fold
@@ -396,8 +522,10 @@ class FoldingNorm(HeldNorm):
         weight_coeff, bias_delta = norm_coefficients(
             self.running_mean, self.running_var, self.eps,
             conv.weight.dim())
-        conv.weight_coeff = weight_coeff.to(self.running_var.dtype)
-        conv.bias_delta = bias_delta.to(self.running_mean.dtype)
+        # In place: in inference mode a new buffer would stay unusable.
+        with torch.no_grad():
+            conv.weight_coeff.copy_(weight_coeff)
+            conv.bias_delta.copy_(bias_delta)
         return weight_coeff, bias_delta
 
     def extra_repr(self) -> str:
@@ -467,31 +595,50 @@ def _restore(behaviour: Any, stock: Any) -> nn.Module:
 
 def stock_type(module: nn.Module) -> Any:
     """The class that a module has without any behaviour of this file."""
-    return getattr(type(module), '_tune_stock', type(module))
+    return vars(type(module)).get('_tune_stock', type(module))
 
 
 def behaviour_of(module: nn.Module) -> type | None:
     """The behaviour that was given to a module, None for a stock one."""
     active = any(name.startswith('_tune_') for name in vars(module))
-    return type(module)._tune_behaviour if active else None
+    return getattr(type(module), '_tune_behaviour', None) if active else None
 
 
-def add_behaviour(module: nn.Module, behaviour: Any) -> None:
+def type_with(module: nn.Module, behaviour: Any) -> Any:
+    """The class that :func:`add_behaviour` gives to a module.
+
+    Args:
+        module (nn.Module): Not changed.
+        behaviour (type): One of the behaviours of this file.
+
+    Returns:
+        type: A class that derives from the module's stock class.
+    """
+    stock = stock_type(module)
+    # Somebody may have derived from our class since, as parametrizations do.
+    if issubclass(stock, behaviour):
+        return stock
+    return _type_with(behaviour, stock)
+
+
+def add_behaviour(module: nn.Module, behaviour: Any, **state: Any) -> None:
     """Swap the class of a module for one with a behaviour before it.
 
     Args:
         module (nn.Module): Keeps its parameters, buffers and state_dict
             keys, and stays an instance of its stock class.
         behaviour (type): One of the behaviours of this file.
+        **state: Attributes of the behaviour.
     """
-    module.__class__ = _type_with(behaviour, stock_type(module))
+    module.__class__ = type_with(module, behaviour)
+    # Not through `__setattr__`, which a module may restrict.
+    vars(module).update(state)
 
 
 def remove_behaviour(module: nn.Module) -> None:
     """Give a module its stock class back and drop what mmtune keeps in it."""
-    if '_tune_stock' in vars(type(module)):
-        module.__class__ = stock_type(module)
-    # Else somebody derived from our class since (as parametrizations do);
-    # without its state the behaviour is idle.
+    # Where somebody derived from our class since, it stays: without its
+    # state the behaviour is idle.
+    module.__class__ = stock_type(module)
     for name in [key for key in vars(module) if key.startswith('_tune_')]:
-        delattr(module, name)
+        del vars(module)[name]

@@ -85,7 +85,7 @@ def fold(weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
         the inputs promote to (float32 where all are half precision).
     """
     coeff = _scale(bn_weight, weight_coeff)
-    folded_bias = _shift(bias, bias_delta) * coeff.flatten()
+    folded_bias = _shift(bias, bias_delta) * coeff.view(-1)
     if bn_bias is not None:
         folded_bias = folded_bias + bn_bias
     return weight * coeff, folded_bias
@@ -209,14 +209,14 @@ class _FoldAndConvolve(torch.autograd.Function):
         if needs_weight:
             grad_weight = (grad_folded_weight * coeff).to(weight.dtype)
         if needs_bias:
-            grad_bias = (grad_folded_bias * coeff.flatten()).to(bias.dtype)
+            grad_bias = (grad_folded_bias * coeff.view(-1)).to(bias.dtype)
         if needs_scale:
             # sum(dZ * Y) = <w, dw'>: the reason why Y need not be kept.
             grad_coeff = (grad_folded_weight * weight).sum_to_size(
-                weight_coeff.shape).flatten()
+                weight_coeff.shape).view(-1)
             grad_coeff = grad_coeff + grad_folded_bias * _shift(
                 bias, bias_delta)
-            grad_scale = (grad_coeff * weight_coeff.flatten()).to(
+            grad_scale = (grad_coeff * weight_coeff.view(-1)).to(
                 bn_weight.dtype)
         if needs_shift:
             grad_shift = grad_folded_bias.to(ctx.bn_bias_dtype)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from mmtune.convs import conv_kind, looks_like_conv
 from mmtune.deferred import stock_type
@@ -89,8 +90,9 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         try:
             graphs, exact = _trace(block)
         except Exception as error:  # user code under proxies: anything
+            message = str(error).partition('\n')[0].partition('. ')[0]
             untraced = (f'the forward of {names[block]!r} cannot be traced '
-                        f'({type(error).__name__})')
+                        f'({type(error).__name__}: {message})')
             for module in _own_modules(block):
                 if module in norms:
                     reasons.setdefault(module, (None, untraced))
@@ -190,6 +192,8 @@ def _producer(
 def _unfit_conv(conv: nn.Module) -> str | None:
     if 'forward' in vars(conv):
         return "the convolution's forward is replaced on the instance"
+    if is_lazy(conv.weight):
+        return 'the convolution is not initialized before its first call'
     if conv_kind(stock_type(conv)) is None:
         return (f'{stock_type(conv).__name__} is not a convolution that '
                 'mmtune knows')
@@ -202,6 +206,8 @@ def _unfit_norm(norm: nn.Module) -> str | None:
         return "the BN's forward is replaced on the instance"
     if norm_type.forward not in (_BatchNorm.forward, SyncBatchNorm.forward):
         return f'{norm_type.__name__} overrides the forward of BatchNorm'
+    if is_lazy(norm.running_mean):
+        return 'the BN is not initialized before its first call'
     if norm.running_mean is None or norm.running_var is None:
         return 'the BN has no running statistics'
     return None
@@ -258,6 +264,8 @@ def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool]:
     """
     if 'forward' in vars(block):
         raise NotImplementedError('forward is replaced on the instance')
+    if isinstance(block, (fx.GraphModule, torch.jit.ScriptModule)):
+        raise NotImplementedError('its code was generated for this instance')
     with _random_state_kept():
         tracer = _BlockTracer(branch=False)
         graphs = [tracer.trace(_stand_in(block), _defaults(block))]
@@ -278,11 +286,12 @@ def _stand_in(block: nn.Module) -> nn.Module:
     """
     copies: dict[nn.Module, nn.Module] = {}
     for module in block.modules():
-        stand_in = copies[module] = copy.copy(module)
-        stand_in.__class__ = stock_type(module)
+        # Not `copy.copy`, which parametrized modules forbid.
+        kind = stock_type(module)
+        stand_in = copies[module] = kind.__new__(kind)
         for name, value in vars(module).items():
-            if isinstance(value, (dict, list, set)):
-                vars(stand_in)[name] = copy.copy(value)
+            container = isinstance(value, (dict, list, set))
+            vars(stand_in)[name] = copy.copy(value) if container else value
     for stand_in in copies.values():
         for name, child in stand_in._modules.items():
             if child is not None:

@@ -198,8 +198,8 @@ LEFT_OUT = {
     'through a module': (ThroughModule,
                          "comes from the module 'wrapped' (Sequential)"),
     'never called': (Uncalled, 'no traced forward calls it'),
-    'loop on data': (LoopOnData, 'cannot be traced (TraceError)'),
-    'endless on data': (EndlessOnData, 'cannot be traced (TraceError)'),
+    'loop on data': (LoopOnData, 'cannot be traced (TraceError: '),
+    'endless on data': (EndlessOnData, 'cannot be traced (TraceError: '),
 }
 
 
