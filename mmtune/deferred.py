@@ -189,10 +189,9 @@ def _inside_transform() -> bool:
     """Whether something follows tensors that must meet stock modules."""
     if torch.compiler.is_compiling():
         return False
-    traced = torch._C._get_tracing_state() is not None
     return (torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or (traced and torch.is_grad_enabled()))
+            or torch._C._get_tracing_state() is not None)
 
 
 def _delegate_to_tensor() -> None:
@@ -281,8 +280,8 @@ class Pair(NamedTuple):
         for name in self.norm_path:
             module = None if module is None else module._modules.get(name)
         # Else the norm was replaced, or one of the two turned off.
-        return (module is norm and conv._tune_deferral is not None
-                and norm._tune_state is not None and not norm.training
+        return (module is norm and '_tune_deferral' in vars(conv)
+                and '_tune_state' in vars(norm) and not norm.training
                 and not (_has_any_global_hook() or conv._forward_hooks
                          or conv._backward_hooks or conv._backward_pre_hooks
                          or norm._forward_pre_hooks or norm._backward_hooks))
@@ -482,14 +481,15 @@ class HeldNorm(nn.Module):
 class FoldingNorm(HeldNorm):
     """Behaviour of a normalization that runs itself and a promise as one."""
 
-    def forward(self, input: 'Tensor | DeferredConv') -> Tensor:
+    def forward(self, input: Any) -> Tensor:
         """Run a promised convolution and itself as one where it can."""
         state = self._tune_state
         if type(input) is DeferredConv:
             if state is not None and _can_fold(self, input):
                 return self._fold(input, state)
             input = input.tensor()
-        elif _inside_autograd_function():
+        elif _inside_autograd_function() and not input.requires_grad:
+            # With a gradient it would come from outside of the function.
             deferral = getattr(input, '_tune_deferral', None)
             if deferral is not None:
                 deferral.stays_inside = deferral.deferred = True

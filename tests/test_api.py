@@ -432,3 +432,112 @@ def test_kept_folds_are_not_for_gradients(net, x):
         with torch.no_grad():
             net(x)
         assert_equal_steps(step(stock, x), step(net, x))
+
+
+def test_overlapping_roots_are_held_once(net):
+    net.train()
+    turn_on(net, modules=['backbone', 'head', 'head.1'], norm_eval=True)
+    turn_off(net)
+    assert all(m.training for m in net.modules())
+
+
+def test_unpaired_bns_are_held_too():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    report = turn_on(model, 'Eval')
+    assert [(row.bn, row.mode) for row in report.rows] == [('0', 'Eval')]
+    model.train()
+    assert not model[0].training
+
+
+UNFIT_FOR_DEPLOY = {
+    'a weight that another module has': (
+        lambda m: m.add_module('twin', nn.Conv2d(8, 8, 3, padding=1))
+        or setattr(m.twin, 'weight', m.backbone[3].weight), 'backbone.4',
+        'no other module shares'),
+    'BNs that share parameters': (
+        lambda m: setattr(m.backbone[4], 'weight', m.backbone[1].weight),
+        'backbone.4', 'no other module shares'),
+    'a weight made by a pre-hook': (
+        lambda m: nn.utils.spectral_norm(m.backbone[3]), 'backbone.4',
+        'plain parameter'),
+    'a parametrized weight': (
+        lambda m: nn.utils.parametrizations.orthogonal(m.head[0]), 'head.1',
+        'plain parameter'),
+    'a hook': (lambda m: m.head[1].register_forward_hook(
+        lambda module, args, y: y * 2), 'head.1', 'hooks of the pair'),
+    'a call from another module': (
+        lambda m: m.neck.append(m.backbone[3]), 'backbone.4', 'called once'),
+}
+
+
+@pytest.mark.parametrize('part', [None, ['backbone', 'head']])
+@pytest.mark.parametrize(
+    'change, norm, reason', UNFIT_FOR_DEPLOY.values(), ids=UNFIT_FOR_DEPLOY)
+def test_deploy_leaves_out_what_it_cannot_be_sure_of(net, x, change, norm,
+                                                     reason, part):
+    change(net)
+    expected = net(x)
+    report = turn_on(net, 'Deploy', modules=part)
+    reasons = {row.bn: row.reason for row in report.left_out}
+    assert reason in reasons[norm]
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_nothing_to_deploy_says_why(x):
+    conv = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match='2 x Deploy needs a pair that is'):
+        turn_on(model, 'Deploy')
+
+
+def test_kept_folds_end_with_the_statistics(net, x):
+    turn_on(net)
+    with torch.no_grad(), keep_folds(net):
+        net(x)
+        net.train()
+        net(x)
+        net.eval()
+        stock = stock_copy(net)
+        turn_off(stock)
+        torch.testing.assert_close(net(x), stock(x))
+
+
+def test_kept_folds_of_inference_tensors(x):
+    with torch.inference_mode():
+        model = randomize(Net()).double().eval()
+        turn_on(model)
+        with keep_folds(model):
+            model(x)
+            model.backbone[0].weight.mul_(2)
+            stock = stock_copy(model)
+            turn_off(stock)
+            torch.testing.assert_close(model(x), stock(x))
+
+
+def test_keep_folds_nests(net, x):
+    turn_on(net)
+    with torch.no_grad(), keep_folds(net):
+        with keep_folds(net):
+            net(x)
+        assert [folds(net, x)[0] for _ in range(2)] == [3, 0]
+
+
+def test_layers_that_are_not_initialized_yet(x):
+    model = nn.Sequential(
+        nn.LazyConv2d(4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1),
+        nn.LazyBatchNorm2d(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    report = turn_on(model)
+    assert [row.bn for row in report.rewritten] == ['5']
+    assert all('is not initialized before' in row.reason
+               for row in report.left_out)
+    model(x.float())
+
+
+def test_blocks_of_generated_code_are_left_out(net, x):
+    net.head = torch.fx.symbolic_trace(net.head)
+    stock = stock_copy(net)
+    report = turn_on(net)
+    assert [row.bn for row in report.left_out] == ['head.1']
+    assert 'its code was generated' in report.left_out[0].reason
+    copy.deepcopy(net)
+    assert_equal_steps(step(stock, x), step(net, x))

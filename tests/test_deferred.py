@@ -1,13 +1,17 @@
 """Exactness for whatever a forward does between and around a pair."""
 import copy
+import gc
 import io
 import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
@@ -489,3 +493,297 @@ def test_promise_has_every_attribute_of_a_tensor(x):
 ])
 def test_settle_leaves_the_rest_alone(value):
     assert settle(value) is value
+
+
+class Parts(nn.Module):
+    """Two blocks that share a convolution, and a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.a = nn.Sequential(conv, nn.BatchNorm2d(3))
+        self.b = nn.Sequential(conv, nn.BatchNorm2d(3))
+        self.c = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+PART_CALLS = {
+    'turn a block off': lambda m: turn_off(m.b),
+    'turn a convolution off': lambda m: turn_off(m.a[0]),
+    'turn a BN off': lambda m: turn_off(m.c[1]),
+    'another mode for a block': lambda m: turn_on(m, 'Eval', modules='b'),
+    'on again from inside': lambda m: turn_on(m.b),
+    'off through a slice': lambda m: turn_off(m.c[:1]),
+    'overlapping roots': lambda m: turn_on(m, modules=['b', 'b.1', 'c'][::2]),
+    'a new layer at the end': lambda m: m.c.append(nn.ReLU()),
+    'BN replaced in a block': lambda m: m.c.__setitem__(1, nn.Identity()),
+}
+
+
+@pytest.mark.parametrize('call', PART_CALLS.values(), ids=PART_CALLS)
+def test_parts(call, x):
+    torch.manual_seed(0)
+    model = randomize(Parts()).double().eval()
+    turn_on(model)
+    call(model)
+    stock = stock_copy(model)
+    turn_off(stock)
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+def test_two_models_share_a_layer(x):
+    torch.manual_seed(0)
+    first = randomize(Parts()).double().eval()
+    second = nn.Sequential(first.c[0], nn.BatchNorm2d(3)).double().eval()
+    stock = stock_copy(second)
+    turn_on(first)
+    turn_on(second)
+    turn_off(first)
+    assert_equal_steps(step(stock, x), step(second, x))
+
+
+class Changing(Block):
+    """Changes the convolution between its call and that of its BN."""
+
+    def settings(self, x):
+        self.conv.stride = (2, 2)
+        y = self.conv(x)
+        self.conv.stride = (1, 1)
+        return self.bn(y)
+
+    def branches(self, x):
+        outputs = []
+        for dilation in (1, 2):
+            self.conv.dilation = self.conv.padding = (dilation, dilation)
+            outputs.append(self.conv(x))
+        return [self.bn(y) for y in outputs]
+
+    def kept(self, x):
+        self.feature = self.conv(x)
+        return self.bn(self.feature)
+
+    def in_an_object(self, x):
+        return type('Result', (), dict(y=self.conv(x)))()
+
+    def conv_checkpointed(self, x):
+        return self.bn(checkpoint(self.conv, x, use_reentrant=True))
+
+    def conv_checkpointed_not_reentrant(self, x):
+        return self.bn(checkpoint(self.conv, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize('before', [False, True])
+@pytest.mark.parametrize('way', [
+    'settings', 'branches', 'conv_checkpointed',
+    'conv_checkpointed_not_reentrant'
+])
+def test_convolution_as_it_was_when_called(way, before, x):
+    torch.manual_seed(0)
+    block = randomize(Changing()).double().eval()
+    block.way = way if before else 'plain'
+    stock = stock_copy(block)
+    try:
+        turn_on(block)
+    except ValueError as error:
+        assert before and 'nothing to put' in str(error)
+    block.way = stock.way = way
+    for _ in range(2):
+        assert_equal_steps(step(stock, x), step(block, x))
+
+
+@pytest.mark.parametrize('change', [
+    lambda conv: setattr(conv.weight, 'data', conv.weight.data * 2),
+    lambda conv: conv.weight.mul_(1.01),
+    lambda conv: conv.bias.add_(1),
+])
+def test_parameter_changed_before_the_norm_is_an_error(change, x):
+
+    class Late(Block):
+
+        def late(self, x):
+            y = self.conv(x)
+            with torch.no_grad():
+                change(self.conv)
+            return self.bn(y)
+
+    block = randomize(Late()).double().eval()
+    turn_on(block)
+    block.way = 'late'
+    with pytest.raises(RuntimeError, match='changed in place between'):
+        block(x)
+
+
+@pytest.mark.parametrize('way, find', [
+    ('kept', lambda block, output: block.feature),
+    ('in_an_object', lambda block, output: output.y),
+])
+def test_no_promise_outlives_its_block(way, find, x):
+    torch.manual_seed(0)
+    block = randomize(Changing()).double().eval()
+    turn_on(block)
+    block.way = way
+    expected = F.conv2d(x, block.conv.weight, block.conv.bias, padding=1)
+    left = find(block, block(x))
+    with torch.no_grad():
+        block.conv.weight.zero_()
+    assert torch.equal(left + 0, expected)
+
+
+def test_reentrant_checkpoint_of_a_pair_fuses_from_the_second_run(x):
+    block = make_block()
+    turn_on(block)
+    block.way = 'checkpointed_reentrant'
+    step(block, x)
+    with torch.no_grad():
+        block(x)
+    assert runs(block)[0] == 'fused'
+
+
+def test_threads():
+    block = make_block()
+    stock = stock_copy(block)
+    turn_on(block)
+    inputs = torch.randn(8, 2, 3, 6, 6, dtype=torch.float64)
+    expected = [stock(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for actual, value in zip(pool.map(block, inputs), expected):
+                torch.testing.assert_close(actual, value)
+    assert type(block.conv(inputs[0])) is torch.Tensor
+
+
+@pytest.mark.parametrize('transform', [
+    lambda m, x: torch.vmap(m)(x[None]),
+    lambda m, x: torch.func.jvp(m, (x, ), (x.cos(), )),
+    lambda m, x: torch.func.grad(lambda x: m(x).square().sum())(x),
+    lambda m, x: torch.func.jacrev(m)(x[:1, :, :2, :2]),
+    lambda m, x: torch.func.functional_call(
+        m, {k: v * 2 for k, v in m.state_dict().items()}, (x, )),
+    lambda m, x: torch.autograd.functional.jacobian(
+        lambda x: m(x).sum(1), x[:1, :, :2, :2], vectorize=True),
+    lambda m, x: torch.jit.trace(m, x)(x),
+    lambda m, x: torch.fx.symbolic_trace(m)(x),
+])
+def test_transforms(transform, x):
+    block = make_block()
+    stock = stock_copy(block)
+    turn_on(block)
+    expected, actual = transform(stock, x), transform(block, x)
+    torch.testing.assert_close(actual, expected)
+    assert_equal_steps(step(stock, x), step(block, x))
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('segments', [2, 4])
+def test_checkpoint_sequential(reentrant, segments, x):
+    torch.manual_seed(0)
+    model = randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4))).double().eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    model(x)
+
+    def call(model, x):
+        return checkpoint_sequential(
+            model, segments, x, use_reentrant=reentrant)
+
+    assert_equal_steps(step(stock, x, call), step(model, x, call))
+
+
+def test_parts_compiled(x):
+    block = make_block()
+    stock = stock_copy(block)
+    turn_on(block)
+    block.conv.compile(backend='eager')
+    assert_equal_steps(step(stock, x), step(block, x))
+
+
+def test_buffers_survive_inference_mode(x):
+    block = make_block()
+    turn_on(block)
+    with torch.inference_mode():
+        block(x)
+    assert not block.conv.weight_coeff.is_inference()
+    block.conv.weight_coeff.add_(0)
+
+
+def test_a_rewritten_model_is_freed_without_the_collector(x):
+    block = make_block()
+    turn_on(block)
+    step(block, x)
+    reference = weakref.ref(block.conv)
+    gc.disable()
+    try:
+        del block
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_parametrizations(x):
+    from torch.nn.utils import parametrizations
+    for before in (True, False):
+        block = make_block()
+        if before:
+            parametrizations.weight_norm(block.conv)
+        stock = stock_copy(block)
+        turn_on(block)
+        if not before:
+            for model in (stock, block):
+                parametrizations.weight_norm(model.conv)
+        assert_equal_steps(step(stock, x), step(block, x))
+        assert runs(block)[0] == 'fused'
+        turn_on(block)
+        assert_equal_steps(step(stock, x), step(block, x))
+        turn_off(block)
+        assert_equal_steps(step(stock, x), step(block, x))
+
+
+@pytest.mark.parametrize('wrap', [
+    nn.utils.weight_norm, nn.utils.spectral_norm,
+    lambda conv: prune.l1_unstructured(conv, 'weight', 0.5)
+])
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_weights_made_by_a_pre_hook(wrap, x):
+    block = make_block()
+    wrap(block.conv)
+    stock = Block().double().eval()
+    wrap(stock.conv)
+    stock.load_state_dict(block.state_dict())
+    turn_on(block)
+    assert_equal_steps(step(stock, x), step(block, x))
+    assert runs(block)[0] == 'fused'
+
+
+def test_a_type_that_cannot_be_derived_from_changes_nothing(x):
+
+    class Strict(Block):
+
+        def __init_subclass__(cls, name):
+            pass
+
+    block = randomize(Strict()).double().eval()
+    before = repr(block)
+    with pytest.raises(TypeError):
+        turn_on(block)
+    assert repr(block) == before and type(block.conv) is nn.Conv2d
+
+
+def test_a_block_that_restricts_its_attributes(x):
+
+    class Strict(Block):
+
+        def __setattr__(self, name, value):
+            if name.startswith('_tune'):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    block = randomize(Strict()).double().eval()
+    stock = stock_copy(block)
+    turn_on(block)
+    assert_equal_steps(step(stock, x), step(block, x))
+    assert runs(block)[0] == 'fused'

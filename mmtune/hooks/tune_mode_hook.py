@@ -10,7 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from mmtune.api import keep_folds, latest_runs, turn_on
+from mmtune.api import FoldedNorm, keep_folds, latest_runs, turn_on
 from mmtune.registry import HOOKS
 
 __all__ = ['TuneModeHook']
@@ -70,17 +70,19 @@ class TuneModeHook(Hook):
             ValueError: If the key or an argument is wrong; the run stops
                 before anything is changed.
         """
+        self._end_epoch()
+        _check_sole(runner)
         options = self._options(runner)
+        if options['mode'].lower() != 'deploy':
+            self._turn_on(runner, options)
+        elif not _is_deployed(runner):
+            _check_can_deploy(runner)
+            self._pending_deploy = options
         # Runner rewrites by itself where the key is set, between here and
         # `before_train`; checkpoints are to hold the config with the key.
         self._key_in_config = runner.cfg.get(CONFIG_KEY)
         if self._key_in_config is not None:
             runner.cfg[CONFIG_KEY] = None
-        if options['mode'].lower() == 'deploy':
-            _check_can_deploy(runner)
-            self._pending_deploy = options
-        else:
-            self._turn_on(runner, options)
 
     def before_train(self, runner: Runner) -> None:
         """Give the config its key back; fold for Deploy mode.
@@ -89,6 +91,38 @@ class TuneModeHook(Hook):
             runner (Runner): The runner of the training process.
         """
         self._weights_are_loaded(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Mark a checkpoint whose weights are folded.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            checkpoint (dict): What will be saved.
+        """
+        if _is_deployed(runner):
+            checkpoint['meta']['mmtune_mode'] = 'Deploy'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Make the model fit a checkpoint whose weights are folded.
+
+        Args:
+            runner (Runner): The runner that loads.
+            checkpoint (dict): What was read.
+
+        Raises:
+            ValueError: If the weights are folded and this run is not in
+                Deploy mode.
+        """
+        if checkpoint.get('meta', {}).get('mmtune_mode') != 'Deploy':
+            return
+        if self._pending_deploy is not None:
+            self._turn_on(runner, self._pending_deploy)
+            self._pending_deploy = None
+        elif not _is_deployed(runner):
+            raise ValueError(
+                "the checkpoint was written in mode 'Deploy' and holds folded "
+                "weights; load it with mode='Deploy' in a Runner, or load a "
+                'stock checkpoint')
 
     def before_val(self, runner: Runner) -> None:
         """See :meth:`before_train`."""
@@ -132,7 +166,7 @@ class TuneModeHook(Hook):
             runner (Runner): The runner of the validation.
             metrics (dict, optional): Unused.
         """
-        self._epoch.close()
+        self._end_epoch()
 
     def before_test_epoch(self, runner: Runner) -> None:
         """See :meth:`before_val_epoch`."""
@@ -142,6 +176,17 @@ class TuneModeHook(Hook):
                          runner: Runner,
                          metrics: dict | None = None) -> None:
         """See :meth:`after_val_epoch`."""
+        self._end_epoch()
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """End a validation that an error has cut short.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
         self._epoch.close()
 
     def _options(self, runner: Runner) -> dict:
@@ -150,8 +195,12 @@ class TuneModeHook(Hook):
             options = {}
         elif isinstance(key, dict):
             options = dict(key)
-        else:
+        elif isinstance(key, (str, list, tuple)):
             options = dict(modules=key)
+        else:
+            raise ValueError(
+                f'`{CONFIG_KEY}` must be a name, a list of names or a dict, '
+                f'but got {key!r}')
         unknown = set(options) - set(OPTIONS)
         if unknown:
             raise ValueError(
@@ -185,6 +234,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model):
         model = model.module
     return model
+
+
+def _is_deployed(runner: Runner) -> bool:
+    return any(isinstance(m, FoldedNorm) for m in runner.model.modules())
+
+
+def _check_sole(runner: Runner) -> None:
+    count = sum(isinstance(hook, TuneModeHook) for hook in runner.hooks)
+    if count > 1:
+        raise ValueError(
+            f'A run takes one TuneModeHook, but got {count}; keep the one in '
+            '`default_hooks` or the one in `custom_hooks`')
 
 
 def _check_can_deploy(runner: Runner) -> None:

@@ -165,6 +165,7 @@ WRONG = {
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
     'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),
     'nothing to tune': ('head', {}, 'nothing to put into Tune mode'),
+    'a switch for a name': (False, {}, 'must be a name, a list of names'),
 }
 
 
@@ -305,3 +306,57 @@ def test_deploy_refuses_what_it_cannot_do(options, message, tmp_path):
         **options)
     with pytest.raises(ValueError, match=message):
         runner.train()
+
+
+def test_a_mistake_leaves_the_key_as_it_was(tmp_path):
+    runner = build_runner(tmp_path, default_hooks=TUNE, **{KEY: 'bakbone'})
+    for _ in range(2):
+        with pytest.raises(ValueError, match='bakbone'):
+            runner.train()
+    assert runner.cfg[KEY] == 'bakbone'
+
+
+def test_two_hooks_are_one_too_many(tmp_path):
+    runner = build_runner(
+        tmp_path,
+        default_hooks=TUNE,
+        custom_hooks=[
+            dict(type='RecordHook'),
+            dict(type='mmtune.TuneModeHook', modules='neck')
+        ])
+    with pytest.raises(ValueError, match='one TuneModeHook, but got 2'):
+        runner.train()
+
+
+def test_an_error_in_validation_ends_the_kept_folds(tmp_path, monkeypatch):
+    runner = build_runner(tmp_path, validate=True, default_hooks=TUNE)
+    monkeypatch.setattr(toy.ToyAccuracy, 'process', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    monkeypatch.undo()
+    runner.val()
+    assert not any(m._tune_state.keeps_fold for m in runner.model.modules()
+                   if isinstance(m, nn.BatchNorm2d))
+
+
+DEPLOY = dict(tune_mode=dict(type='mmtune.TuneModeHook', mode='Deploy'))
+
+
+def test_deploy_in_several_loops_of_a_runner(tmp_path):
+    runner = train(tmp_path, validate=True, default_hooks=DEPLOY)
+    assert runner.val() == runner.val()
+
+
+def test_deploy_checkpoint_is_loaded_folded(tmp_path):
+    trained = train(tmp_path / 'a', validate=True, default_hooks=DEPLOY)
+    path = str(tmp_path / 'a' / 'epoch_2.pth')
+    runner = build_runner(
+        tmp_path / 'b', validate=True, default_hooks=DEPLOY, load_from=path)
+    assert runner.val() == trained.val()
+    for one, other in zip(trained.model.state_dict().values(),
+                          runner.model.state_dict().values()):
+        assert torch.equal(one, other)
+    runner = build_runner(
+        tmp_path / 'c', validate=True, default_hooks=TUNE, load_from=path)
+    with pytest.raises(ValueError, match="written in mode 'Deploy'"):
+        runner.val()
