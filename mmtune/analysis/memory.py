@@ -28,8 +28,10 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        # The storages themselves: a buffer that the forward replaces would
+        # else leave its id to somebody else's.
         self._own = {
-            _storage_id(tensor)
+            _storage_id(tensor): tensor.untyped_storage()
             for tensor in [*model.parameters(), *model.buffers()]
         }
         self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()

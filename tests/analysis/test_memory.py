@@ -73,3 +73,13 @@ def test_peak_bytes_of_a_backward():
     # the gradient of x, which stays.
     assert 2 * MIB <= memory.peak <= 2 * MIB + 64
     assert MIB <= memory.current <= MIB + 64
+
+
+def test_a_buffer_replaced_in_the_forward_hides_nothing():
+    model = nn.Module()
+    model.register_buffer('state', mebibyte())
+    x = mebibyte().requires_grad_()
+    with saved_bytes(model) as saved:
+        model.state = None
+        y = x.exp()
+    assert saved.total == MIB and y is not None
