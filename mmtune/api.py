@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from mmtune.convs import conv_kind
-from mmtune.deferred import (
+from mmtune.behaviours import (
     BUFFERS,
     BlockScope,
     Deferral,
@@ -22,6 +21,7 @@ from mmtune.deferred import (
     stock_type,
     type_with,
 )
+from mmtune.convs import conv_kind
 from mmtune.functional import fold, norm_coefficients
 from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
 from mmtune.report import Report, Row

@@ -3,7 +3,7 @@
 Each module that calls convolutions or normalizations itself is traced with
 torch.fx, its children as leaves; a whole detector never is. A trace need not
 be the only way through the forward, because a pair is only a candidate: what
-really runs is decided at each call (see ``deferred.py``).
+really runs is decided at each call (see ``behaviours.py``).
 """
 import contextlib
 import copy
@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from mmtune.behaviours import stock_type
 from mmtune.convs import conv_kind, looks_like_conv
-from mmtune.deferred import stock_type
 
 __all__ = ['LeftOut', 'Match', 'Matches', 'batch_norms', 'find_pairs']
 

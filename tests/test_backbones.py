@@ -129,6 +129,21 @@ def test_compiles_into_one_graph(name):
     assert not counters['graph_break']
 
 
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_compiled_block_in_any_state(training, grad):
+    torch._dynamo.reset()
+    model = randomize(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train(training)
+    turn_on(model)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert runs(model) == ['train mode' if training else 'fused']
+
+
+@pytest.mark.slow
 def test_compiled_block_with_inductor():
     torch._dynamo.reset()
     model = randomize(
