@@ -8,6 +8,7 @@ really runs is decided at each call (see ``behaviours.py``).
 import contextlib
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -77,57 +78,77 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         Matches: Pairs in the order of the traces, and every other BatchNorm
         below ``roots`` with its reason.
     """
-    names = {module: name for name, module in model.named_modules()}
-    blocks = {m: None for root in roots for m in root.modules()}
-    norms = {m: None for root in roots for m in batch_norms(root)}
-    calls: dict[nn.Module, int] = {}
-    found: dict[tuple[nn.Module, nn.Module], tuple[nn.Module, bool]] = {}
-    reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
+    search = _Search(model, roots)
+    for block in {m: None for root in roots for m in root.modules()}:
+        if any(_is_layer(module) for module in _own_modules(block)):
+            search.read(block)
+    return search.result()
 
-    for block in blocks:
-        if not any(_is_layer(m) for m in _own_modules(block)):
-            continue
+
+class _Search:
+    """Gathers what the traces of all blocks show.
+
+    Args:
+        model (nn.Module): Gives the names.
+        roots (Sequence[nn.Module]): Modules whose BatchNorms are asked for.
+    """
+
+    def __init__(self, model: nn.Module, roots: Sequence[nn.Module]) -> None:
+        self.names = {m: name for name, m in model.named_modules()}
+        # Dicts for their order.
+        self.norms = {m: None for root in roots for m in batch_norms(root)}
+        self.pairs: dict[tuple[nn.Module, nn.Module], tuple] = {}
+        self.reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
+        self.calls: Counter[nn.Module] = Counter()
+
+    def read(self, block: nn.Module) -> None:
+        """Trace a block and note the pairs, or why there are none."""
         try:
             graphs, exact = _trace(block)
         except Exception as error:  # user code under proxies: anything
             message = str(error).partition('\n')[0].partition('. ')[0]
-            untraced = (f'the forward of {names[block]!r} cannot be traced '
-                        f'({type(error).__name__}: {message})')
+            reason = (f'the forward of {self.names[block]!r} cannot be traced '
+                      f'({type(error).__name__}: {message})')
             for module in _own_modules(block):
-                if module in norms:
-                    reasons.setdefault(module, (None, untraced))
-            continue
-        seen: dict[nn.Module, int] = {}
+                self.reasons.setdefault(module, (None, reason))
+            return
+        counts: Counter[nn.Module] = Counter()
         for graph in graphs:
             sites = _call_sites(block, graph)
-            for module in {m for m, _ in sites}:
-                count = sum(m is module for m, _ in sites)
-                seen[module] = max(seen.get(module, 0), count)
+            # On different ways through the forward, not one after the other.
+            counts |= Counter(module for module, _ in sites)
             for norm, node in sites:
-                if norm not in norms:
-                    continue
-                conv, reason = _producer(block, node)
-                if reason is None:
-                    found.setdefault((conv, norm), (block, exact))
-                else:
-                    reasons[norm] = (conv, reason)
-        for module, count in seen.items():
-            calls[module] = calls.get(module, 0) + count
+                if norm in self.norms:
+                    self._read_norm(block, norm, node, exact)
+        self.calls += counts
 
-    pairs = []
-    for (conv, norm), (block, exact) in found.items():
-        sole = exact and calls[conv] == calls[norm] == 1
-        pairs.append(Match(names[block], names[conv], names[norm], sole))
-    paired = {norm for _, norm in found}
-    left_out = []
-    for norm in norms:
-        if norm not in paired:
-            conv, reason = reasons.get(
+    def _read_norm(self, block: nn.Module, norm: nn.Module, node: fx.Node,
+                   exact: bool) -> None:
+        conv, reason = _producer(block, node)
+        if conv is not None and reason is None:
+            self.pairs.setdefault((conv, norm), (block, exact))
+        elif reason is not None:
+            self.reasons[norm] = (conv, reason)
+
+    def result(self) -> Matches:
+        """The pairs found, and the BatchNorms that are in none."""
+        pairs = []
+        for (conv, norm), (block, exact) in self.pairs.items():
+            sole = exact and self.calls[conv] == self.calls[norm] == 1
+            pairs.append(
+                Match(self.names[block], self.names[conv], self.names[norm],
+                      sole))
+        paired = {norm for _, norm in self.pairs}
+        left_out = []
+        for norm in self.norms:
+            if norm in paired:
+                continue
+            conv, reason = self.reasons.get(
                 norm, (None, 'no traced forward calls it'))
             left_out.append(
-                LeftOut(names[norm], None if conv is None else names[conv],
-                        reason))
-    return Matches(pairs, left_out)
+                LeftOut(self.names[norm], None if conv is None else
+                        self.names[conv], reason))
+        return Matches(pairs, left_out)
 
 
 def _is_layer(module: nn.Module) -> bool:
