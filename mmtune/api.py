@@ -115,7 +115,7 @@ def turn_on(model: nn.Module,
         _tune(model, matches)
     elif mode == 'Deploy':
         _deploy(model, matches)
-    return _report(mode, matches)
+    return _report(model, mode, matches)
 
 
 def turn_off(model: nn.Module) -> None:
@@ -351,7 +351,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
         if behaviour_of(conv) is None:
-            _defer(conv, norm)
+            _defer(match.conv, conv, norm)
         state = vars(norm).get('_tune_state')
         add_behaviour(
             norm,
@@ -363,17 +363,17 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         add_behaviour(block, BlockScope, _tune_pairs=tuple(pairs))
 
 
-def _defer(conv: nn.Module, norm: nn.Module) -> None:
+def _defer(name: str, conv: nn.Module, norm: nn.Module) -> None:
     kind = conv_kind(stock_type(conv))
     assert kind is not None, 'a match has a known convolution'
     weight_coeff, bias_delta = norm_coefficients(norm.running_mean,
                                                  norm.running_var, norm.eps,
                                                  conv.weight.dim())
-    for name, value, dtype in zip(
+    for buffer, value, dtype in zip(
             BUFFERS, (weight_coeff, bias_delta),
             (norm.running_var.dtype, norm.running_mean.dtype)):
-        conv.register_buffer(name, value.to(dtype), persistent=False)
-    add_behaviour(conv, DeferringConv, _tune_deferral=Deferral(kind))
+        conv.register_buffer(buffer, value.to(dtype), persistent=False)
+    add_behaviour(conv, DeferringConv, _tune_deferral=Deferral(name, kind))
 
 
 @torch.no_grad()
@@ -400,11 +400,16 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
 
 
-def _report(mode: str, matches: Matches) -> Report:
+def _report(model: nn.Module, mode: str, matches: Matches) -> Report:
     rows = [Row(match.conv, match.norm, mode) for match in matches.pairs]
     held = mode in ('Train', 'Eval')
     rows += [
         Row(left.conv, left.norm, mode if held else 'stock',
             '' if held else left.reason) for left in matches.left_out
     ]
-    return Report(mode, rows)
+    in_train_mode = 0
+    if mode == 'Tune':
+        in_train_mode = sum(
+            model.get_submodule(match.norm).training
+            for match in matches.pairs)
+    return Report(mode, rows, in_train_mode)

@@ -118,6 +118,7 @@ class Deferral:
     """State of a :class:`DeferringConv`.
 
     Attributes:
+        name (str): Of the convolution, for errors.
         kind (ConvKind): How the convolution runs.
         runs (dict[int, BlockRun]): By thread, the run of a block that calls
             the convolution and its normalization.
@@ -127,7 +128,8 @@ class Deferral:
             convolution was seen to call the normalization as well.
     """
 
-    def __init__(self, kind: ConvKind) -> None:
+    def __init__(self, name: str, kind: ConvKind) -> None:
+        self.name = name
         self.kind = kind
         self.runs: dict[int, BlockRun] = {}
         self.deferred = False

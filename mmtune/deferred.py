@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 __all__ = ['DeferredConv', 'fingerprint', 'inside_autograd_function', 'settle']
 
+ADVICE = ('leave its block out by naming the other submodules in the '
+          '`modules` argument of `mmtune.turn_on`')
 # What the forward of a convolution reads beside its parameters.
 SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
@@ -58,6 +60,7 @@ class DeferredConv:
     def __init__(self, conv: nn.Module, input: Tensor) -> None:
         self.conv = conv
         self.kind = conv._tune_deferral.kind
+        self.conv_name = conv._tune_deferral.name
         self.input = input
         self.weight = conv.weight
         self.bias = conv.bias
@@ -107,17 +110,16 @@ class DeferredConv:
         grad_enabled, autocast_dtype = self.context
         if self._changed():
             raise RuntimeError(
-                f'The input or a parameter of {self.conv} was changed in '
-                'place between its call and the use of its output; exclude '
-                'the block by the `modules` argument of `mmtune.turn_on`.')
+                f'The input or a parameter of {self.conv_name!r} was changed '
+                'in place between its call and the use of its output; '
+                f'{ADVICE}')
         inside_function = inside_autograd_function()
         if (grad_enabled if inside_function else self.inside_function):
             raise RuntimeError(
-                f'The output of {self.conv} went '
+                f'The output of {self.conv_name!r} went '
                 f'{"into" if inside_function else "out of"} a '
                 '`torch.autograd.Function` where its normalization was '
-                'expected; exclude the block by the `modules` argument of '
-                '`mmtune.turn_on`.')
+                f'expected; {ADVICE}')
         conv = self.conv
         if self.settings != _settings(conv):
             conv = copy.copy(conv)

@@ -8,6 +8,8 @@ really runs is decided at each call (see ``behaviours.py``).
 import contextlib
 import copy
 import inspect
+import random
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -334,5 +336,13 @@ def _defaults(block: nn.Module) -> dict | None:
 def _random_state_kept() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if (
         torch.cuda.is_available() and torch.cuda.is_initialized()) else []
-    with torch.random.fork_rng(devices):
-        yield
+    numpy = sys.modules.get('numpy')
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

@@ -33,10 +33,13 @@ class Report:
     Attributes:
         mode (str): The mode that was asked for.
         rows (list[Row]): In the order of the model's forwards.
+        in_train_mode (int): How many of the blocks in Tune mode have their
+            BatchNorm in train mode at this moment, where they run as stock.
     """
 
     mode: str
     rows: list[Row] = field(default_factory=list)
+    in_train_mode: int = 0
 
     @property
     def rewritten(self) -> list[Row]:
@@ -50,7 +53,12 @@ class Report:
 
     def summary(self) -> str:
         """Count blocks, and the reasons of those left out, in a line."""
-        text = f'{len(self.rewritten)} blocks in {self.mode} mode'
+        count = len(self.rewritten)
+        text = f'{count} block{"s" * (count != 1)} in {self.mode} mode'
+        if self.in_train_mode:
+            text += (f', {self.in_train_mode} of them with their BatchNorm in '
+                     'train mode now, which runs as stock (norm_eval=True '
+                     'holds it in eval mode)')
         reasons = Counter(row.reason for row in self.left_out)
         for reason, count in reasons.most_common():
             text += f'; {count} left out: {reason}'
@@ -59,7 +67,7 @@ class Report:
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [('conv', 'bn', 'mode', 'reason')]
         lines += [(row.conv or '-', row.bn, row.mode, row.reason)
-                            for row in self.rows]
+                  for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         lines.insert(1, tuple('-' * width for width in widths) + ('------', ))
         table = [

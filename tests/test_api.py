@@ -541,3 +541,11 @@ def test_blocks_of_generated_code_are_left_out(net, x):
     assert 'its code was generated' in report.left_out[0].reason
     copy.deepcopy(net)
     assert_equal_steps(step(stock, x), step(net, x))
+
+
+@pytest.mark.parametrize('training, norm_eval, expected', [
+    (False, None, 0), (True, None, 3), (True, True, 0)
+])
+def test_report_counts_bns_in_train_mode(net, training, norm_eval, expected):
+    net.train(training)
+    assert turn_on(net, norm_eval=norm_eval).in_train_mode == expected

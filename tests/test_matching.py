@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,7 +256,7 @@ class Stateful(Base):
         self.seen.append(x)
         self.last = x
         self.conv.last = x
-        torch.rand(1)
+        torch.rand(1), random.random(), np.random.rand()
         self.child = nn.ReLU()
         weight, self.conv.weight = self.conv.weight, None
         self.conv.weight = weight
@@ -264,8 +267,12 @@ def test_finding_changes_nothing():
     model = Stateful()
     stock = stock_copy(model)
     weight, state = model.conv.weight, torch.get_rng_state()
+    random.seed(0), np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0), np.random.seed(0)
     find_pairs(model, [model])
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.random(), np.random.rand()) == expected
     assert model.count == 0 and model.seen == [] and model.last is None
     assert model.conv.weight is weight and not hasattr(model.conv, 'last')
     assert repr(model) == repr(stock)

@@ -14,7 +14,7 @@ def test_rows_by_what_became_of_them():
 
 def test_summary():
     assert REPORT.summary() == (
-        '1 blocks in Tune mode; 2 left out: its input comes from `relu`')
+        '1 block in Tune mode; 2 left out: its input comes from `relu`')
 
 
 def test_table():
@@ -26,3 +26,9 @@ def test_table():
         'conv         bn2        stock  its input comes from `relu`',
         REPORT.summary(),
     ]
+
+
+def test_summary_says_what_runs_as_stock_for_now():
+    report = Report('Tune', REPORT.rows[:1], in_train_mode=1)
+    assert '1 of them with their BatchNorm in train mode' in report.summary()
+    assert 'norm_eval=True' in str(report)

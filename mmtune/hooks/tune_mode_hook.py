@@ -219,8 +219,8 @@ class TuneModeHook(Hook):
 
     def _turn_on(self, runner: Runner, options: dict) -> None:
         report = turn_on(_unwrapped(runner.model), **options)
-        runner.logger.info(f'{type(self).__name__} in {report.mode} mode:\n'
-                           f'{report}')
+        modules = options.get('modules') or 'the whole model'
+        runner.logger.info(f'{report.mode} mode in {modules}:\n{report}')
 
     def _weights_are_loaded(self, runner: Runner) -> None:
         if self._key_in_config is not None:
@@ -275,4 +275,4 @@ def _log_runs(runner: Runner, model: nn.Module) -> None:
             'their BatchNorm is in train mode, which Tune mode cannot make '
             f'cheaper (the first is {in_train_mode[0]!r}); to fine-tune with '
             'fixed statistics, set norm_eval=True in the backbone or '
-            f'{CONFIG_KEY}=dict(norm_eval=True)')
+            f'add it to {CONFIG_KEY}=dict(...)')

@@ -1,6 +1,7 @@
 """A model in one of the paper's modes from the moment it is built."""
 from collections.abc import Sequence
 
+from mmengine.logging import print_log
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
@@ -54,5 +55,7 @@ class TuneModeModel(nn.Module):
                 "default_hooks=dict(tune_mode=dict(type='mmtune.TuneModeHook'"
                 ", mode='Deploy'))")
         model = MMENGINE_MODELS.build(architecture)
-        turn_on(model, mode=mode, modules=modules, norm_eval=norm_eval)
+        report = turn_on(
+            model, mode=mode, modules=modules, norm_eval=norm_eval)
+        print_log(f'{report.mode} mode:\n{report}', logger='current')
         return model
