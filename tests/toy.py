@@ -24,8 +24,8 @@ class ToyClassifier(BaseModel):
             eval mode, as backbones of MMDetection do.
     """
 
-    def __init__(self, norm_eval=True):
-        super().__init__()
+    def __init__(self, norm_eval=True, data_preprocessor=None):
+        super().__init__(data_preprocessor)
         torch.manual_seed(0)
         self.norm_eval = norm_eval
         self.backbone = nn.Sequential(

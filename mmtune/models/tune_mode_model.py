@@ -30,6 +30,9 @@ class TuneModeModel(nn.Module):
         mode (str): See :func:`mmtune.turn_on`. Defaults to ``'Tune'``.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
             None.
+        data_preprocessor (dict, optional): Goes to an architecture that has
+            none; the Runner hands over the config's top-level key here.
+            Defaults to None.
 
     Raises:
         ValueError: If ``mode`` is ``'Deploy'``, and for what
@@ -46,7 +49,8 @@ class TuneModeModel(nn.Module):
                 architecture: dict,
                 modules: str | Sequence[str] | None = None,
                 mode: str = 'Tune',
-                norm_eval: bool | None = None) -> nn.Module:
+                norm_eval: bool | None = None,
+                data_preprocessor: dict | None = None) -> nn.Module:
         """Build the architecture, not an instance of this class."""
         if str(mode).lower() == 'deploy':
             raise ValueError(
@@ -54,6 +58,9 @@ class TuneModeModel(nn.Module):
                 'that are loaded only later; use '
                 "default_hooks=dict(tune_mode=dict(type='mmtune.TuneModeHook'"
                 ", mode='Deploy'))")
+        if data_preprocessor is not None:
+            architecture = dict(architecture)
+            architecture.setdefault('data_preprocessor', data_preprocessor)
         model = MMENGINE_MODELS.build(architecture)
         report = turn_on(
             model, mode=mode, modules=modules, norm_eval=norm_eval)

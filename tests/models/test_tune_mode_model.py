@@ -52,6 +52,16 @@ def test_whole_run_equals_stock(tmp_path):
     toy.ToyClassifier().load_state_dict(state, strict=True)
 
 
+def test_takes_the_data_preprocessor_of_a_runner(tmp_path):
+    runner = build_runner(
+        tmp_path,
+        model=dict(type='mmtune.TuneModeModel', architecture=TOY),
+        data_preprocessor=dict(type='ImgDataPreprocessor'))
+    preprocessor = runner.model.data_preprocessor
+    assert type(preprocessor).__name__ == 'ImgDataPreprocessor'
+    assert 'data_preprocessor' not in TOY
+
+
 @pytest.mark.parametrize('arguments, error, message', [
     (dict(modules=['bakbone']), ValueError, "no submodule 'bakbone'"),
     (dict(mode='Deploy'), ValueError, "cannot have mode 'Deploy'"),
