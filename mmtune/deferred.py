@@ -1,12 +1,14 @@
 """The output of a convolution that has not run yet."""
 import contextlib
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['DeferredConv', 'fingerprint', 'inside_autograd_function', 'settle']
+__all__ = [
+    'DeferredConv', 'bare_copy', 'fingerprint', 'inside_autograd_function',
+    'settle'
+]
 
 ADVICE = ('leave its block out by naming the other submodules in the '
           '`modules` argument of `mmtune.turn_on`')
@@ -122,7 +124,7 @@ class DeferredConv:
                 f'expected; {ADVICE}')
         conv = self.conv
         if self.settings != _settings(conv):
-            conv = copy.copy(conv)
+            conv = bare_copy(conv)
             vars(conv).update(zip(SETTINGS, self.settings))
         with contextlib.ExitStack() as stack:
             if grad_enabled != torch.is_grad_enabled():
@@ -139,6 +141,23 @@ class DeferredConv:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return func(*settle(args), **settle(kwargs or {}))
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Copy a module but none of what it holds.
+
+    Unlike ``copy.copy`` it takes parametrized modules, which forbid that.
+
+    Args:
+        module (nn.Module): Shares its attributes with the copy.
+
+    Returns:
+        nn.Module: Of the same class.
+    """
+    cls: Any = type(module)
+    copied = cls.__new__(cls)
+    vars(copied).update(vars(module))
+    return copied
 
 
 def _settings(conv: nn.Module) -> tuple:

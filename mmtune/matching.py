@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from mmtune.behaviours import stock_type
 from mmtune.convs import conv_kind, looks_like_conv
+from mmtune.deferred import bare_copy
 
 __all__ = ['LeftOut', 'Match', 'Matches', 'batch_norms', 'find_pairs']
 
@@ -309,12 +310,11 @@ def _stand_in(block: nn.Module) -> nn.Module:
     """
     copies: dict[nn.Module, nn.Module] = {}
     for module in block.modules():
-        # Not `copy.copy`, which parametrized modules forbid.
-        kind = stock_type(module)
-        stand_in = copies[module] = kind.__new__(kind)
+        stand_in = copies[module] = bare_copy(module)
+        stand_in.__class__ = stock_type(module)
         for name, value in vars(module).items():
-            container = isinstance(value, (dict, list, set))
-            vars(stand_in)[name] = copy.copy(value) if container else value
+            if isinstance(value, (dict, list, set)):
+                vars(stand_in)[name] = copy.copy(value)
     for stand_in in copies.values():
         for name, child in stand_in._modules.items():
             if child is not None:

@@ -761,3 +761,13 @@ def test_a_block_that_restricts_its_attributes(x):
     turn_on(block)
     assert_equal_steps(step(stock, x), step(block, x))
     assert runs(block)[0] == 'fused'
+
+
+def test_settings_of_a_parametrized_convolution_changed_in_between(x):
+    torch.manual_seed(0)
+    block = randomize(Changing()).double().eval()
+    nn.utils.parametrizations.weight_norm(block.conv)
+    stock = stock_copy(block)
+    turn_on(block)
+    block.way = stock.way = 'branches'
+    assert_equal_steps(step(stock, x), step(block, x))
