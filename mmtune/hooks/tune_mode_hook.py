@@ -70,7 +70,7 @@ class TuneModeHook(Hook):
             ValueError: If the key or an argument is wrong; the run stops
                 before anything is changed.
         """
-        self._end_epoch()
+        self._epoch.close()
         _check_sole(runner)
         options = self._options(runner)
         if options['mode'].lower() != 'deploy':
@@ -166,7 +166,7 @@ class TuneModeHook(Hook):
             runner (Runner): The runner of the validation.
             metrics (dict, optional): Unused.
         """
-        self._end_epoch()
+        self._epoch.close()
 
     def before_test_epoch(self, runner: Runner) -> None:
         """See :meth:`before_val_epoch`."""
@@ -176,7 +176,7 @@ class TuneModeHook(Hook):
                          runner: Runner,
                          metrics: dict | None = None) -> None:
         """See :meth:`after_val_epoch`."""
-        self._end_epoch()
+        self._epoch.close()
 
     def before_train_epoch(self, runner: Runner) -> None:
         """End a validation that an error has cut short.
@@ -184,9 +184,6 @@ class TuneModeHook(Hook):
         Args:
             runner (Runner): The runner of the training process.
         """
-        self._end_epoch()
-
-    def _end_epoch(self) -> None:
         self._epoch.close()
 
     def _options(self, runner: Runner) -> dict:

@@ -6,6 +6,7 @@ from mmengine.model import MMDistributedDataParallel
 from torch import nn
 
 from mmtune.api import turn_on
+from mmtune.models.tune_mode_model import check_not_deploy
 from mmtune.registry import MODEL_WRAPPERS
 
 __all__ = ['TuneModeDistributedDataParallel']
@@ -48,11 +49,7 @@ class TuneModeDistributedDataParallel(MMDistributedDataParallel):
                  mode: str = 'Tune',
                  norm_eval: bool | None = None,
                  **kwargs: Any) -> None:
-        if str(mode).lower() == 'deploy':
-            raise ValueError(
-                "TuneModeDistributedDataParallel cannot have mode 'Deploy', "
-                'which folds weights that are loaded only later; use '
-                "mmtune.TuneModeHook with mode='Deploy'")
+        check_not_deploy(type(self).__name__, mode)
         turn_on(module, mode=mode, modules=modules, norm_eval=norm_eval)
         if next(module.parameters()).device.type == 'cpu':
             kwargs.pop('device_ids', None)

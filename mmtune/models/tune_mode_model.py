@@ -11,6 +11,23 @@ from mmtune.registry import MODELS
 __all__ = ['TuneModeModel']
 
 
+def check_not_deploy(owner: str, mode: str) -> None:
+    """Refuse Deploy mode where weights are loaded only later.
+
+    Args:
+        owner (str): Who cannot have it.
+        mode (str): The mode asked for.
+
+    Raises:
+        ValueError: If it is ``'Deploy'``.
+    """
+    if str(mode).lower() == 'deploy':
+        raise ValueError(
+            f"{owner} cannot have mode 'Deploy', which folds weights that are "
+            'loaded only later; use default_hooks=dict(tune_mode=dict('
+            "type='mmtune.TuneModeHook', mode='Deploy'))")
+
+
 @MODELS.register_module()
 class TuneModeModel(nn.Module):
     """Builds a model and puts it into a mode.
@@ -52,12 +69,7 @@ class TuneModeModel(nn.Module):
                 norm_eval: bool | None = None,
                 data_preprocessor: dict | None = None) -> nn.Module:
         """Build the architecture, not an instance of this class."""
-        if str(mode).lower() == 'deploy':
-            raise ValueError(
-                "TuneModeModel cannot have mode 'Deploy', which folds weights "
-                'that are loaded only later; use '
-                "default_hooks=dict(tune_mode=dict(type='mmtune.TuneModeHook'"
-                ", mode='Deploy'))")
+        check_not_deploy(cls.__name__, mode)
         if data_preprocessor is not None:
             architecture = dict(architecture)
             architecture.setdefault('data_preprocessor', data_preprocessor)
