@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mmtune.behaviours import (
     BUFFERS,
@@ -15,15 +16,25 @@ from mmtune.behaviours import (
     HeldNorm,
     NormState,
     Pair,
+    least_input,
+    put_buffers,
+)
+from mmtune.class_swap import (
     add_behaviour,
     behaviour_of,
     remove_behaviour,
     stock_type,
     type_with,
 )
-from mmtune.convs import conv_kind
 from mmtune.functional import fold, norm_coefficients
-from mmtune.matching import LeftOut, Matches, batch_norms, find_pairs
+from mmtune.kinds import ConvKind, conv_kind, norm_kind
+from mmtune.matching import (
+    OWN_OPTION,
+    LeftOut,
+    Matches,
+    find_pairs,
+    norms_of,
+)
 from mmtune.report import Report, Row
 
 __all__ = [
@@ -109,7 +120,7 @@ def turn_on(model: nn.Module,
     for root in roots:
         _release(root)
     if hold is not None:
-        for norm in {m: None for root in roots for m in batch_norms(root)}:
+        for norm in {m: None for root in roots for m in norms_of(root)}:
             _hold(norm, hold)
     if mode == 'Tune':
         _tune(model, matches)
@@ -171,14 +182,21 @@ def latest_runs(model: nn.Module) -> dict[str, str]:
 
     Returns:
         dict[str, str]: By the name of the BatchNorm: ``'fused'``,
-        ``'stock'``, ``'train mode'`` (stock, with the statistics of the
-        batch) or ``'not run'``.
+        ``'stock'``, ``'small'`` (stock, since that is cheaper for maps so
+        small), ``'train mode'`` (stock, with the statistics of the batch) or
+        ``'not run'``.
     """
     return {
-        name: module._tune_state.ran or 'not run'
+        name: _latest_run(module._tune_state)
         for name, module in model.named_modules()
         if behaviour_of(module) is FoldingNorm
     }
+
+
+def _latest_run(state: NormState) -> str:
+    if state.ran == 'stock' and any(d.small for d in state.deferrals):
+        return 'small'
+    return state.ran or 'not run'
 
 
 # --------------------------------------------------------------------------
@@ -301,6 +319,12 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             reason = 'Deploy needs a pair that is called once on every way'
         elif 'weight' not in conv._parameters:
             reason = 'Deploy needs a weight that is a plain parameter'
+        elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
+            reason = 'Deploy needs layers that are initialized'
+        elif _kind(conv).weight(conv) is not conv.weight:
+            reason = f'{stock_type(conv).__name__} makes a weight of its own'
+        elif 'bias' not in conv._parameters:
+            reason = f'{stock_type(conv).__name__} takes no bias'
         elif any(owners[id(p)] > 1 for p in parameters):
             reason = 'Deploy needs parameters that no other module shares'
         elif _has_hooks(conv) or _has_hooks(norm):
@@ -310,6 +334,12 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             continue
         left_out.append(LeftOut(match.norm, match.conv, reason))
     return Matches(pairs, left_out)
+
+
+def _kind(conv: nn.Module) -> ConvKind:
+    kind = conv_kind(stock_type(conv))
+    assert kind is not None, 'a match has a known convolution'
+    return kind
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -329,7 +359,10 @@ def _release(root: nn.Module) -> None:
             continue
         if behaviour is DeferringConv:
             for name in BUFFERS:
-                delattr(module, name)
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
+        if behaviour is BlockScope and '_tune_own_option' in vars(module):
+            vars(module)[OWN_OPTION] = module._tune_own_option
         asked = None
         if issubclass(behaviour, HeldNorm):
             asked = module._tune_state.asked
@@ -352,28 +385,39 @@ def _tune(model: nn.Module, matches: Matches) -> None:
             for name in (match.block, match.conv, match.norm))
         if behaviour_of(conv) is None:
             _defer(match.conv, conv, norm)
-        state = vars(norm).get('_tune_state')
-        add_behaviour(
-            norm,
-            FoldingNorm,
-            _tune_state=state or NormState(asked=norm.training))
-        path = match.norm.removeprefix(f'{match.block}.').split('.')
-        scopes.setdefault(block, []).append(Pair(conv, norm, tuple(path)))
+        state = vars(norm).get('_tune_state') or NormState(norm.training)
+        state.kind = norm_kind(norm, stock_type(norm))
+        state.deferrals.append(conv._tune_deferral)
+        add_behaviour(norm, FoldingNorm, _tune_state=state)
+        conv_path, norm_path = (
+            tuple(name.removeprefix(f'{match.block}.').split('.'))
+            for name in (match.conv, match.norm))
+        scopes.setdefault(block, []).append(
+            Pair(conv, norm, conv_path, norm_path))
     for block, pairs in scopes.items():
+        own_option = vars(block).get(OWN_OPTION)
         add_behaviour(block, BlockScope, _tune_pairs=tuple(pairs))
+        if own_option is not None:
+            vars(block).update({
+                OWN_OPTION: None,
+                '_tune_own_option': own_option
+            })
 
 
 def _defer(name: str, conv: nn.Module, norm: nn.Module) -> None:
-    kind = conv_kind(stock_type(conv))
-    assert kind is not None, 'a match has a known convolution'
-    weight_coeff, bias_delta = norm_coefficients(norm.running_mean,
-                                                 norm.running_var, norm.eps,
-                                                 conv.weight.dim())
-    for buffer, value, dtype in zip(
-            BUFFERS, (weight_coeff, bias_delta),
-            (norm.running_var.dtype, norm.running_mean.dtype)):
-        conv.register_buffer(buffer, value.to(dtype), persistent=False)
-    add_behaviour(conv, DeferringConv, _tune_deferral=Deferral(name, kind))
+    kind = _kind(conv)
+    # Layers that are not initialized yet get their buffers with the first
+    # fold.
+    if not is_lazy(norm.running_mean) and 0 not in kind.shape(conv):
+        rstd, bias_delta = norm_coefficients(norm.running_mean,
+                                             norm.running_var, norm.eps)
+        weight_coeff = rstd.view(kind.coeff_shape(conv, kind.shape(conv)))
+        put_buffers(conv, weight_coeff.to(norm.running_var.dtype),
+                    bias_delta.to(norm.running_mean.dtype))
+    add_behaviour(
+        conv,
+        DeferringConv,
+        _tune_deferral=Deferral(name, kind, least_input(conv, kind)))
 
 
 @torch.no_grad()
@@ -387,12 +431,14 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
     for match in matches.pairs:
         conv = model.get_submodule(match.conv)
         norm = model.get_submodule(match.norm)
-        weight_coeff, bias_delta = norm_coefficients(
-            norm.running_mean, norm.running_var, norm.eps, conv.weight.dim())
-        weight, bias = fold(conv.weight, conv.bias, norm.weight, norm.bias,
-                            weight_coeff, bias_delta)
+        weight, bias = fold(
+            conv.weight, conv.bias, norm.weight, norm.bias,
+            *norm_coefficients(norm.running_mean, norm.running_var, norm.eps),
+            _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
-            conv.bias = norm.bias if norm.bias is not None else nn.Parameter(
+            conv.bias = norm._parameters.get('bias')
+        if conv.bias is None:
+            conv.bias = nn.Parameter(
                 bias.to(conv.weight), conv.weight.requires_grad)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
@@ -401,7 +447,9 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
 
 
 def _report(model: nn.Module, mode: str, matches: Matches) -> Report:
-    rows = [Row(match.conv, match.norm, mode) for match in matches.pairs]
+    # A pair may be called by several blocks.
+    pairs = dict.fromkeys((match.conv, match.norm) for match in matches.pairs)
+    rows = [Row(conv, norm, mode) for conv, norm in pairs]
     held = mode in ('Train', 'Eval')
     rows += [
         Row(left.conv, left.norm, mode if held else 'stock',
@@ -409,7 +457,7 @@ def _report(model: nn.Module, mode: str, matches: Matches) -> Report:
     ]
     in_train_mode = 0
     if mode == 'Tune':
-        in_train_mode = sum(
-            model.get_submodule(match.norm).training
-            for match in matches.pairs)
+        norms = [model.get_submodule(norm) for _, norm in pairs]
+        in_train_mode = sum(not norm._tune_state.kind.is_fixed(norm)
+                            for norm in norms)
     return Report(mode, rows, in_train_mode)

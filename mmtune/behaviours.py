@@ -14,6 +14,7 @@ Anything else that touches a promise makes it run the plain convolution, so
 that the result is the stock one whatever the control flow.
 """
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from mmtune.convs import ConvKind
 from mmtune.deferred import (
     DeferredConv,
     fingerprint,
@@ -32,20 +32,33 @@ from mmtune.deferred import (
     settle,
 )
 from mmtune.functional import (
-    convolve,
     fold,
-    fold_and_convolve,
+    fold_and_run,
     needs_gradient,
     norm_coefficients,
+    run_folded,
 )
+from mmtune.kinds import ConvKind
 
 __all__ = [
     'BUFFERS', 'BlockScope', 'Deferral', 'DeferringConv', 'FoldingNorm',
-    'HeldNorm', 'NormState', 'Pair', 'add_behaviour', 'behaviour_of',
-    'remove_behaviour', 'stock_type', 'type_with'
+    'HeldNorm', 'NormState', 'Pair', 'least_input', 'put_buffers'
 ]
 
 BUFFERS = ('weight_coeff', 'bias_delta')
+
+# A fold costs some twenty short operations and ten passes over the weight; it
+# spares backward one feature map and the normalization's passes over it. Where
+# the map has fewer elements than this, or than this share of the weight, the
+# stock modules take less time, and what they keep does not count
+# (tests/benchmarks/small_kernels.py).
+SMALL_MAP = 4096
+SMALL_SHARE = 1 / 64
+
+# How much a folded weight may grow before it overflows float16, and how many
+# folds may pass before it is looked at again.
+HALF_MARGIN = 16
+HALF_CHECK_INTERVAL = 64
 
 
 def _inside_backward() -> bool:
@@ -69,37 +82,73 @@ class Pair(NamedTuple):
     Attributes:
         conv (nn.Module): The convolution.
         norm (nn.Module): The normalization.
+        conv_path (tuple[str]): Where the block has the convolution.
         norm_path (tuple[str]): Where the block has the normalization.
     """
 
     conv: nn.Module
     norm: nn.Module
+    conv_path: tuple[str, ...]
     norm_path: tuple[str, ...]
 
     def may_defer(self, block: nn.Module) -> bool:
         """Whether the norm can fold, and no hook sees what goes to it."""
         conv, norm = self.conv, self.norm
-        module: Any = block
-        for name in self.norm_path:
-            module = None if module is None else module._modules.get(name)
-        # Else the norm was replaced, or one of the two turned off.
-        return (module is norm and '_tune_deferral' in vars(conv)
-                and '_tune_state' in vars(norm) and not norm.training
-                and not (_has_any_global_hook() or conv._forward_hooks
-                         or conv._backward_hooks or conv._backward_pre_hooks
-                         or norm._forward_pre_hooks or norm._backward_hooks))
+        # Else one of the two was replaced, wrapped or turned off.
+        return (_at(block, self.conv_path) is conv
+                and _at(block, self.norm_path) is norm
+                and '_tune_state' in vars(norm)
+                and norm._tune_state.kind.is_fixed(norm)
+                and not (conv._forward_hooks or conv._backward_hooks
+                         or conv._backward_pre_hooks
+                         or norm._forward_pre_hooks or norm._backward_hooks
+                         or _has_any_global_hook()))
+
+
+def _at(module: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if module is not None:
+            module = module._modules.get(name)
+    return module
+
+
+# By thread, the innermost block that runs now.
+_RUNS: dict[int, 'BlockRun'] = {}
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class BlockRun:
-    """One run of a block's forward, and the promises made in it."""
+    """One run of a block's forward, and the promises made in it.
 
-    def __init__(self) -> None:
+    Args:
+        block (nn.Module): A :class:`BlockScope`.
+        outer (BlockRun, optional): The run that this one is a part of.
+    """
+
+    __slots__ = ('block', 'inside_function', 'outer', 'promised', 'promises')
+
+    def __init__(self, block: nn.Module, outer: 'BlockRun | None') -> None:
+        self.block = block
+        self.outer = outer
         self.inside_function = inside_autograd_function()
+        self.promised = False
         self.promises: list[weakref.ref] = []
 
-    def promise(self, conv: nn.Module, input: Tensor) -> DeferredConv:
+    def may_defer(self, conv: nn.Module) -> bool:
+        """Whether a convolution called in this run may wait."""
+        for pair in self.block._tune_pairs:
+            if pair.conv is conv and pair.may_defer(self.block):
+                return True
+        return False
+
+    def promise(self, name: str, kind: ConvKind, conv: nn.Module,
+                inputs: tuple) -> DeferredConv:
         """Promise the output of a convolution called in this run."""
-        deferred = DeferredConv(conv, input)
+        deferred = DeferredConv(name, conv, kind, inputs)
+        self.promised = True
         if not torch.compiler.is_compiling():
             self.promises.append(weakref.ref(deferred))
         return deferred
@@ -120,28 +169,37 @@ class Deferral:
     Attributes:
         name (str): Of the convolution, for errors.
         kind (ConvKind): How the convolution runs.
-        runs (dict[int, BlockRun]): By thread, the run of a block that calls
-            the convolution and its normalization.
+        least_input (int): From how many elements of its input on the
+            convolution is not small.
+        small (bool): Whether the latest call was not worth a fold.
         deferred (bool): Whether the latest call in a forward deferred, or
             could have.
         stays_inside (bool): Whether an autograd function that called the
             convolution was seen to call the normalization as well.
     """
 
-    def __init__(self, name: str, kind: ConvKind) -> None:
+    def __init__(self, name: str, kind: ConvKind, least_input: int) -> None:
         self.name = name
         self.kind = kind
-        self.runs: dict[int, BlockRun] = {}
+        self.least_input = least_input
+        self.small = False
         self.deferred = False
         self.stays_inside = False
 
-    def run_of_call(self) -> BlockRun | None:
+    def is_small(self, x: Any) -> bool:
+        """Whether the stock modules are cheaper for a call of now."""
+        self.small = isinstance(x, Tensor) and x.numel() < self.least_input
+        return self.small
+
+    def run_of_call(self, conv: nn.Module) -> BlockRun | None:
         """The run that a call of now may make a promise in, if any."""
-        run = self.runs.get(_thread())
+        run = _RUNS.get(_thread())
+        while run is not None and not run.may_defer(conv):
+            run = run.outer
         if run is None and _inside_backward():
             # An activation checkpoint runs a part of the block's forward
             # anew, and has to meet there what it met the first time.
-            return BlockRun() if self.deferred else None
+            return BlockRun(conv, None) if self.deferred else None
         # A promise made inside an autograd function (a checkpoint is one)
         # could leave it, without its gradient.
         self.deferred = (
@@ -151,8 +209,22 @@ class Deferral:
         return run if self.deferred else None
 
 
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+def least_input(conv: nn.Module, kind: ConvKind) -> int:
+    """Give the size of input below which a fold does not pay.
+
+    Args:
+        conv (nn.Module): A convolution.
+        kind (ConvKind): Of the convolution.
+
+    Returns:
+        int: In elements; 0 for a convolution that does not know its channels
+        yet.
+    """
+    weight_size = math.prod(kind.shape(conv))
+    if weight_size == 0:
+        return 0
+    map_size = max(SMALL_MAP, SMALL_SHARE * weight_size)
+    return math.ceil(map_size / kind.outputs_per_input(conv))
 
 
 class KeptFold:
@@ -191,6 +263,8 @@ class NormState:
         hold (bool, optional): The ``training`` flag that is kept whatever is
             asked for, None to obey.
         asked (bool): The ``training`` flag that was asked for last.
+        kind (NormKind, optional): When its statistics are fixed.
+        deferrals (list[Deferral]): Of the convolutions before it.
         ran (str, optional): How the latest forward ran: 'fused', 'stock',
             or 'train mode' (stock, with the statistics of the batch).
         keeps_fold (bool): Whether a fold that no gradient needs may serve
@@ -201,9 +275,37 @@ class NormState:
     def __init__(self, asked: bool, hold: bool | None = None) -> None:
         self.asked = asked
         self.hold = hold
+        self.kind: Any = None
+        self.deferrals: list[Deferral] = []
         self.ran: str | None = None
         self.keeps_fold = False
         self.kept_fold: KeptFold | None = None
+        self._fits_half = True
+        self._half_folds = 0
+
+    def fits_half(self, fold_from: tuple) -> bool:
+        """Whether float16 can hold a folded weight and bias.
+
+        On other devices than the CPU, which would have to wait for the
+        answer, it is asked now and then: hence the margin.
+
+        Args:
+            fold_from (tuple): Arguments of :func:`mmtune.functional.fold`.
+
+        Returns:
+            bool: What was found the last time; True in a compiled forward,
+            which cannot ask.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        on_cpu = fold_from[0].device.type == 'cpu'
+        if on_cpu or self._half_folds % HALF_CHECK_INTERVAL == 0:
+            limit = torch.finfo(torch.float16).max / HALF_MARGIN
+            with torch.no_grad():
+                self._fits_half = all(
+                    bool(t.abs().amax() <= limit) for t in fold(*fold_from))
+        self._half_folds += 1
+        return self._fits_half
 
 
 class BlockScope(nn.Module):
@@ -211,31 +313,25 @@ class BlockScope(nn.Module):
 
     _tune_pairs: tuple[Pair, ...] = ()
 
+    @staticmethod
+    def wrap_forward(stock_forward: Callable) -> Callable:
+        """Make a forward with the stock signature."""
 
-def _scoped(stock_forward: Callable) -> Callable:
-    """The forward of a :class:`BlockScope`, with the stock signature."""
-
-    @functools.wraps(stock_forward)
-    def forward(self, *args, **kwargs):
-        run, thread = BlockRun(), _thread()
-        runs = [
-            pair.conv._tune_deferral.runs for pair in self._tune_pairs
-            if pair.may_defer(self)
-        ]
-        before = [of_conv.get(thread) for of_conv in runs]
-        for of_conv in runs:
-            of_conv[thread] = run
-        try:
-            output = stock_forward(self, *args, **kwargs)
-        finally:
-            for of_conv, outer in zip(runs, before):
+        @functools.wraps(stock_forward)
+        def forward(self, *args, **kwargs):
+            thread = _thread()
+            outer = _RUNS.get(thread)
+            run = _RUNS[thread] = BlockRun(self, outer)
+            try:
+                output = stock_forward(self, *args, **kwargs)
+            finally:
                 if outer is None:
-                    of_conv.pop(thread, None)
+                    del _RUNS[thread]
                 else:
-                    of_conv[thread] = outer
-        return run.finish(output)
+                    _RUNS[thread] = outer
+            return run.finish(output) if run.promised else output
 
-    return forward
+        return forward
 
 
 class DeferringConv(nn.Module):
@@ -243,16 +339,29 @@ class DeferringConv(nn.Module):
 
     _tune_deferral: Deferral | None = None
 
-    def forward(self, input: Tensor) -> 'Tensor | DeferredConv':
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """Promise the output inside the block, compute it elsewhere."""
-        input = settle(input)
-        if self._tune_deferral is not None:
-            run = self._tune_deferral.run_of_call()
-            if run is not None and isinstance(input, Tensor):
-                return run.promise(self, input)
-        output = super().forward(input)
-        if self._tune_deferral is not None and inside_autograd_function():
-            output._tune_deferral = self._tune_deferral
+        if options or len(inputs) != 1 or type(inputs[0]) is not Tensor:
+            if not inputs and len(options) == 1:
+                inputs, options = tuple(options.values()), {}
+            inputs, options = settle(inputs), settle(options)
+        deferral = self._tune_deferral
+        if (deferral is None or options or not inputs
+                or deferral.is_small(inputs[0])):
+            return super().forward(*inputs, **options)
+        run = deferral.run_of_call(self)
+        if run is not None:
+            kind, name = deferral.kind, deferral.name
+            if kind.gives_list:
+                return [
+                    run.promise(name, *branch)
+                    for branch in kind.branches(self, *inputs)
+                ]
+            if isinstance(inputs[0], Tensor):
+                return run.promise(name, kind, self, inputs)
+        output = super().forward(*inputs)
+        if inside_autograd_function() and isinstance(output, Tensor):
+            output._tune_deferral = deferral
         return output
 
     def extra_repr(self) -> str:
@@ -290,48 +399,64 @@ class FoldingNorm(HeldNorm):
         """Run a promised convolution and itself as one where it can."""
         state = self._tune_state
         if type(input) is DeferredConv:
-            if state is not None and _can_fold(self, input):
-                return self._fold(input, state)
+            if state is not None:
+                output = self._fold(input, state)
+                if output is not None:
+                    state.ran = 'fused'
+                    return output
             input = input.tensor()
         elif inside_autograd_function() and not input.requires_grad:
             # With a gradient it would come from outside of the function.
             deferral = getattr(input, '_tune_deferral', None)
             if deferral is not None:
                 deferral.stays_inside = deferral.deferred = True
-        if state is not None:
-            state.ran = 'train mode' if self.training else 'stock'
-            # Statistics change without a change of version.
-            state.kept_fold = None
-        return super().forward(input)
+        if state is None:
+            return super().forward(input)
+        # Statistics change without a change of version.
+        state.kept_fold = None
+        output = state.kind.run_fixed(self, input)
+        if output is None:
+            fixed = state.kind.is_fixed(self)
+            state.ran = 'stock' if fixed else 'train mode'
+            return super().forward(input)
+        state.ran = 'stock'
+        return output
 
-    def _fold(self, deferred: DeferredConv, state: NormState) -> Tensor:
-        conv, x = deferred.conv, deferred.input
-        state.ran = 'fused'
+    def _fold(self, deferred: DeferredConv, state: NormState) -> Tensor | None:
+        """Run both as one; None where the stock modules have to."""
+        conv, kind = deferred.conv, deferred.kind
+        weight, bias, mean, var = state.kind.tensors(self)
+        coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
+        if not _can_fold(self, deferred, mean, var, coeff_shape):
+            return None
+        x, *more = deferred.inputs
         autocast_dtype = deferred.context[1]
         if autocast_dtype is not None and x.dtype != torch.float64:
             x = x.to(autocast_dtype)
-        x, conv_args = deferred.kind.geometry(conv, x)
-        tensors = (deferred.weight, deferred.bias, self.weight, self.bias)
-        if state.keeps_fold and not needs_gradient(x, *tensors):
-            kept = state.kept_fold
-            made_from = (*tensors, self.running_mean, self.running_var)
-            if kept is None or not kept.serves(made_from, self.eps, x.dtype):
-                folded = fold(*tensors, *self._refresh(conv))
-                kept = state.kept_fold = KeptFold(made_from, self.eps, folded,
-                                                  x.dtype)
-            return convolve(x, kept.folded, conv_args)
-        return fold_and_convolve(x, *tensors, *self._refresh(conv), conv_args)
+        linear_map: Any
+        x, linear_map = kind.linear_map(conv, x, *more) or (x, None)
+        learned = (deferred.weight, deferred.bias, weight, bias)
+        made_from = (*learned, mean, var)
+        keeps = (
+            state.keeps_fold and linear_map is not None
+            and not needs_gradient(x, *learned))
+        if keeps and state.kept_fold is not None and state.kept_fold.serves(
+                made_from, self.eps, x.dtype):
+            return run_folded(x, state.kept_fold.folded, linear_map)
 
-    def _refresh(self, conv: nn.Module) -> tuple[Tensor, Tensor]:
-        """Bring the convolution's buffers up to date with the statistics."""
-        weight_coeff, bias_delta = norm_coefficients(
-            self.running_mean, self.running_var, self.eps,
-            conv.weight.dim())
-        # In place: in inference mode a new buffer would stay unusable.
-        with torch.no_grad():
-            conv.weight_coeff.copy_(weight_coeff)
-            conv.bias_delta.copy_(bias_delta)
-        return weight_coeff, bias_delta
+        rstd, bias_delta = norm_coefficients(mean, var, self.eps)
+        put_buffers(conv, rstd.view(coeff_shape), bias_delta)
+        fold_from: tuple = (*learned, rstd, bias_delta, coeff_shape)
+        if x.dtype == torch.float16 and not state.fits_half(fold_from):
+            return None
+        if linear_map is None:
+            folded = fold(*fold_from)
+            return kind.run(conv, *folded, *deferred.inputs)
+        if not keeps:
+            return fold_and_run(x, *fold_from, linear_map=linear_map)
+        state.kept_fold = KeptFold(made_from, self.eps, fold(*fold_from),
+                                   x.dtype)
+        return run_folded(x, state.kept_fold.folded, linear_map)
 
     def extra_repr(self) -> str:
         """Mark the normalization in ``print(model)``."""
@@ -342,108 +467,48 @@ def _marked(text: str, **marks: Any) -> str:
     return text + ''.join(f', {name}=True' for name, on in marks.items() if on)
 
 
-def _can_fold(norm: nn.Module, deferred: DeferredConv) -> bool:
+def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
+              var: Tensor | None, coeff_shape: tuple[int, ...]) -> bool:
     """Whether the stock pair takes this input, as one affine map."""
-    x, weight = deferred.input, deferred.weight
-    if (norm.training or norm.running_mean is None
-            or norm.running_var is None or not deferred.foldable()):
+    kind = norm._tune_state.kind
+    x, weight = deferred.inputs[0], deferred.weight
+    if (mean is None or var is None or not kind.is_fixed(norm)
+            or not deferred.foldable()):
         return False
     # Without a batch dimension the normalization would take the channels
     # for the batch.
-    if x.dim() != weight.dim() or norm.num_features != weight.size(0):
+    if x.dim() != weight.dim() or mean.numel() != math.prod(coeff_shape):
         return False
     autocast_dtype = deferred.context[1]
     if autocast_dtype is None and x.dtype != weight.dtype:
         return False
     output_dtype = autocast_dtype or x.dtype
-    norm_dtype = norm.running_var.dtype
+    norm_dtype = var.dtype
     if norm_dtype != output_dtype and not (
-            norm_dtype == torch.float32 and output_dtype.itemsize == 2):
+            kind.takes_half and norm_dtype == torch.float32
+            and output_dtype.itemsize == 2):
         return False
-    norm._check_input_dim(x)
+    kind.check_input(norm, x)
     return True
 
 
-# --------------------------------------------------------------------------
-# Giving behaviours to modules and taking them away again
-# --------------------------------------------------------------------------
-
-
-@functools.cache
-def _type_with(behaviour: Any, stock: Any) -> Any:
-    """The class ``stock`` with ``behaviour`` before it.
-
-    It carries the name of ``stock``, since users compare names.
-    """
-    body = dict(
-        __module__=stock.__module__,
-        __qualname__=stock.__qualname__,
-        __doc__=stock.__doc__,
-        __reduce_ex__=_reduce,
-        _tune_behaviour=behaviour,
-        _tune_stock=stock)
-    if behaviour is BlockScope:
-        body['forward'] = _scoped(stock.forward)
-    return type(stock.__name__, (behaviour, stock), body)
-
-
-def _reduce(self, protocol):
-    """Pickle as stock class and behaviour: the class itself has no path."""
-    state = self._tune_stock.__reduce_ex__(self, max(protocol, 2))[2]
-    return _restore, (self._tune_behaviour, self._tune_stock), state
-
-
-def _restore(behaviour: Any, stock: Any) -> nn.Module:
-    cls = _type_with(behaviour, stock)
-    return cls.__new__(cls)
-
-
-def stock_type(module: nn.Module) -> Any:
-    """The class that a module has without any behaviour of this file."""
-    return vars(type(module)).get('_tune_stock', type(module))
-
-
-def behaviour_of(module: nn.Module) -> type | None:
-    """The behaviour that was given to a module, None for a stock one."""
-    active = any(name.startswith('_tune_') for name in vars(module))
-    return getattr(type(module), '_tune_behaviour', None) if active else None
-
-
-def type_with(module: nn.Module, behaviour: Any) -> Any:
-    """The class that :func:`add_behaviour` gives to a module.
+def put_buffers(conv: nn.Module, weight_coeff: Tensor,
+                bias_delta: Tensor) -> None:
+    """Put what the fold was made with where users look for it.
 
     Args:
-        module (nn.Module): Not changed.
-        behaviour (type): One of the behaviours of this file.
-
-    Returns:
-        type: A class that derives from the module's stock class.
+        conv (nn.Module): Gets or keeps the buffers ``BUFFERS``.
+        weight_coeff (Tensor): ``rstd``, in the shape that multiplies the
+            weight.
+        bias_delta (Tensor): ``-mean``, shape (out_channels,).
     """
-    stock = stock_type(module)
-    # Somebody may have derived from our class since, as parametrizations do.
-    if issubclass(stock, behaviour):
-        return stock
-    return _type_with(behaviour, stock)
-
-
-def add_behaviour(module: nn.Module, behaviour: Any, **state: Any) -> None:
-    """Swap the class of a module for one with a behaviour before it.
-
-    Args:
-        module (nn.Module): Keeps its parameters, buffers and state_dict
-            keys, and stays an instance of its stock class.
-        behaviour (type): One of the behaviours of this file.
-        **state: Attributes of the behaviour.
-    """
-    module.__class__ = type_with(module, behaviour)
-    # Not through `__setattr__`, which a module may restrict.
-    vars(module).update(state)
-
-
-def remove_behaviour(module: nn.Module) -> None:
-    """Give a module its stock class back and drop what mmtune keeps in it."""
-    # Where somebody derived from our class since, it stays: without its
-    # state the behaviour is idle.
-    module.__class__ = stock_type(module)
-    for name in [key for key in vars(module) if key.startswith('_tune_')]:
-        del vars(module)[name]
+    values = (weight_coeff, bias_delta)
+    buffers = [conv._buffers.get(name) for name in BUFFERS]
+    if all(buffer is not None and buffer.shape == value.shape
+           and buffer.device == value.device
+           for buffer, value in zip(buffers, values)):
+        # In place: in inference mode new ones would stay unusable.
+        torch._foreach_copy_(buffers, values)
+        return
+    for name, value in zip(BUFFERS, values):
+        conv.register_buffer(name, value.clone(), persistent=False)

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtune.class_swap import bare_copy
+from mmtune.kinds import ConvKind
+
 __all__ = [
-    'DeferredConv', 'bare_copy', 'fingerprint', 'inside_autograd_function',
-    'settle'
+    'DeferredConv', 'fingerprint', 'inside_autograd_function', 'settle'
 ]
 
 ADVICE = ('leave its block out by naming the other submodules in the '
@@ -18,16 +20,17 @@ SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives convolutions here, None where off."""
-    if torch.is_autocast_enabled(device_type):
+    if (torch.amp.is_autocast_available(device_type)
+            and torch.is_autocast_enabled(device_type)):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
-def fingerprint(tensor: Tensor | None) -> tuple:
+def fingerprint(tensor: Any) -> tuple:
     """What tells that a tensor was changed: its version and its memory.
 
     Args:
-        tensor (Tensor, optional): Any tensor.
+        tensor: A tensor; anything else has no fingerprint.
 
     Returns:
         tuple[int | None, int | None]: Version and address. Either is None
@@ -37,9 +40,14 @@ def fingerprint(tensor: Tensor | None) -> tuple:
     """
     if tensor is None or torch.compiler.is_compiling():
         return None, None
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return (None if tensor.is_inference() else tensor._version,
-            tensor.data_ptr() if plain else None)
+    kind = type(tensor)
+    if kind is not Tensor and kind is not nn.Parameter:
+        version = getattr(tensor, '_version', None)
+        return version, None
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # an inference tensor
+        return None, tensor.data_ptr()
 
 
 def _differs(before: tuple, now: tuple) -> bool:
@@ -55,17 +63,22 @@ class DeferredConv:
     what the convolution had when it was called.
 
     Args:
-        conv (nn.Module): A :class:`DeferringConv`.
-        input (Tensor): Its input, shape (batch, in_channels, ...).
+        name (str): Of the convolution, for errors.
+        conv (nn.Module): The convolution.
+        kind (ConvKind): Of the convolution.
+        inputs (tuple): What it was called with; first a tensor of shape
+            (batch, in_channels, ...).
     """
 
-    def __init__(self, conv: nn.Module, input: Tensor) -> None:
+    def __init__(self, name: str, conv: nn.Module, kind: ConvKind,
+                 inputs: tuple) -> None:
+        # None of these may be the name of an attribute of tensors.
+        self.conv_name = name
         self.conv = conv
-        self.kind = conv._tune_deferral.kind
-        self.conv_name = conv._tune_deferral.name
-        self.input = input
-        self.weight = conv.weight
-        self.bias = conv.bias
+        self.kind = kind
+        self.inputs = inputs
+        self.weight = kind.weight(conv)
+        self.bias = getattr(conv, 'bias', None)
         self.settings = _settings(conv)
         self.inside_function = inside_autograd_function()
         self.context = self._current_context()
@@ -74,17 +87,17 @@ class DeferredConv:
 
     def _current_context(self) -> tuple:
         return (torch.is_grad_enabled(),
-                _autocast_dtype(self.input.device.type))
+                _autocast_dtype(self.inputs[0].device.type))
 
     def _current_fingerprints(self) -> list:
         return [
-            fingerprint(t) for t in (self.input, self.weight, self.bias)
+            fingerprint(t) for t in (*self.inputs, self.weight, self.bias)
         ]
 
     def _changed(self) -> bool:
-        return any(
-            _differs(before, now) for before, now in zip(
-                self.fingerprints, self._current_fingerprints()))
+        now = self._current_fingerprints()
+        return self.fingerprints != now and any(
+            map(_differs, self.fingerprints, now))
 
     def foldable(self) -> bool:
         """Whether a fold would see what the convolution was given."""
@@ -129,48 +142,30 @@ class DeferredConv:
         with contextlib.ExitStack() as stack:
             if grad_enabled != torch.is_grad_enabled():
                 stack.enter_context(torch.set_grad_enabled(grad_enabled))
-            device_type = self.input.device.type
+            device_type = self.inputs[0].device.type
             if autocast_dtype != _autocast_dtype(device_type):
                 stack.enter_context(
                     torch.autocast(
                         device_type,
                         autocast_dtype,
                         enabled=autocast_dtype is not None))
-            return self.kind.run(conv, self.input, self.weight, self.bias)
+            return self.kind.run(conv, self.weight, self.bias, *self.inputs)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return func(*settle(args), **settle(kwargs or {}))
 
 
-def bare_copy(module: nn.Module) -> nn.Module:
-    """Copy a module but none of what it holds.
-
-    Unlike ``copy.copy`` it takes parametrized modules, which forbid that.
-
-    Args:
-        module (nn.Module): Shares its attributes with the copy.
-
-    Returns:
-        nn.Module: Of the same class.
-    """
-    cls: Any = type(module)
-    copied = cls.__new__(cls)
-    vars(copied).update(vars(module))
-    return copied
-
-
 def _settings(conv: nn.Module) -> tuple:
-    return tuple([getattr(conv, name) for name in SETTINGS])
+    return tuple([vars(conv).get(name) for name in SETTINGS])
 
 
 def inside_autograd_function() -> bool:
     """Tell ``Function.forward`` from a mere ``no_grad``."""
-    if torch.compiler.is_compiling():
-        return False
     # Both turn gradients off; forward-mode gradients only the first, and
     # inference mode.
-    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()
+                or torch._C._is_fwd_grad_enabled()
                 or torch.is_inference_mode_enabled())
 
 

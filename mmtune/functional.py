@@ -8,9 +8,14 @@ statistics ``Z = (Y - mean) * rstd * gamma + beta`` equals one convolution
     w'    = w * coeff
     b'    = (b - mean) * coeff + beta
 
-Throughout, ``weight_coeff`` is ``rstd`` shaped to multiply the weight and
-``bias_delta`` is ``-mean``; their shapes are ``(out_channels, 1, ...)`` and
-``(out_channels,)``.
+and so does any other map that is linear in a weight, channel by channel.
+Throughout, ``coeff_shape`` is the shape in which ``coeff`` multiplies the
+weight. It says where the weight has its output channels:
+
+- ``(out_channels, 1, ...)``: in the first dimension;
+- ``(1, out_channels, 1, ...)``: in the second (transposed convolutions);
+- ``(groups, 1, out_channels / groups, 1, ...)``, one dimension more than the
+  weight: in the second, for each group of the first.
 """
 from typing import Any, NamedTuple
 
@@ -18,12 +23,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    'ConvArgs', 'convolve', 'fold', 'fold_and_convolve', 'norm_coefficients'
+    'Convolution', 'Product', 'fold', 'fold_and_run', 'norm_coefficients',
+    'run_folded'
 ]
 
 
-class ConvArgs(NamedTuple):
-    """Geometry of a convolution, in the order of ``torch.convolution``."""
+class Convolution(NamedTuple):
+    """A convolution by its geometry, in the order of ``torch.convolution``."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -32,33 +38,95 @@ class ConvArgs(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve.
 
-def norm_coefficients(running_mean: Tensor, running_var: Tensor, eps: float,
-                      weight_dim: int) -> tuple[Tensor, Tensor]:
+        Args:
+            x (Tensor): Shape (batch, in_channels, ...).
+            weight (Tensor): Of the shape that ``torch.convolution`` asks for.
+            bias (Tensor): Shape (out_channels,).
+
+        Returns:
+            Tensor: Shape (batch, out_channels, ...).
+        """
+        return torch.convolution(x, weight, bias, *self)
+
+    def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
+                  out_channels: int, mask: tuple[bool, bool, bool]) -> tuple:
+        """Give the gradients of what :meth:`run` takes, None where masked."""
+        return torch.ops.aten.convolution_backward(
+            grad_output, x, weight, [out_channels], *self, mask)
+
+    def input_gradient(self, grad_output: Tensor, weight: Tensor,
+                       input_shape: torch.Size) -> Tensor:
+        """Give the gradient of the input, which does not need the input.
+
+        Written as the transposed convolution that it is, since
+        ``aten.convolution_backward`` asks for the input itself.
+        """
+        if self.transposed:
+            output_padding = (0, ) * len(self.stride)
+        else:
+            output_padding = tuple(
+                size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+                for size, out, s, p, d, k in zip(
+                    input_shape[2:], grad_output.shape[2:], self.stride,
+                    self.padding, self.dilation, weight.shape[2:]))
+        return torch.convolution(grad_output, weight, None, self.stride,
+                                 self.padding, self.dilation,
+                                 not self.transposed, output_padding,
+                                 self.groups)
+
+
+class Product:
+    """``x @ weight.T + bias``, what a linear layer computes of a matrix.
+
+    The methods are those of :class:`Convolution`, for ``x`` of shape
+    (batch, in_features) and ``weight`` of (out_features, in_features).
+    """
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Multiply and add."""
+        return torch.addmm(bias, x, weight.t())
+
+    def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
+                  out_channels: int, mask: tuple[bool, bool, bool]) -> tuple:
+        """See :meth:`Convolution.gradients`."""
+        return (grad_output.mm(weight) if mask[0] else None,
+                grad_output.t().mm(x) if mask[1] else None,
+                grad_output.sum(0) if mask[2] else None)
+
+    def input_gradient(self, grad_output: Tensor, weight: Tensor,
+                       input_shape: torch.Size) -> Tensor:
+        """See :meth:`Convolution.input_gradient`."""
+        return grad_output.mm(weight)
+
+
+LinearMap = Convolution | Product
+
+
+def norm_coefficients(running_mean: Tensor, running_var: Tensor,
+                      eps: float) -> tuple[Tensor, Tensor]:
     """Turn running statistics into the two constants of the fold.
 
     Args:
         running_mean (Tensor): Shape (out_channels,).
         running_var (Tensor): Shape (out_channels,).
         eps (float): Added to the variance.
-        weight_dim (int): Number of dimensions of the convolution's weight.
 
     Returns:
-        tuple[Tensor, Tensor]: ``weight_coeff`` of shape
-        (out_channels, 1, ...) and ``bias_delta`` of shape (out_channels,),
-        both at least float32: half precision would lose the variance.
+        tuple[Tensor, Tensor]: ``rstd`` and ``-mean``, both of shape
+        (out_channels,) and at least float32: half precision would lose the
+        variance.
     """
-    dtype = torch.promote_types(running_var.dtype, torch.float32)
-    weight_coeff = (running_var.to(dtype) + eps).rsqrt()
-    weight_coeff = weight_coeff.view(-1, *[1] * (weight_dim - 1))
-    return weight_coeff, -running_mean.to(dtype)
+    if running_var.dtype.itemsize < 4:
+        running_mean, running_var = running_mean.float(), running_var.float()
+    return (running_var + eps).rsqrt_(), -running_mean
 
 
-def _scale(bn_weight: Tensor | None, weight_coeff: Tensor) -> Tensor:
-    """``gamma * rstd``, shaped to multiply the weight."""
-    if bn_weight is None:
-        return weight_coeff
-    return weight_coeff * bn_weight.view_as(weight_coeff)
+def _scale(bn_weight: Tensor | None, rstd: Tensor) -> Tensor:
+    """``coeff``, what multiplies the weight."""
+    return rstd if bn_weight is None else rstd * bn_weight
 
 
 def _shift(bias: Tensor | None, bias_delta: Tensor) -> Tensor:
@@ -66,124 +134,139 @@ def _shift(bias: Tensor | None, bias_delta: Tensor) -> Tensor:
     return bias_delta if bias is None else bias + bias_delta
 
 
+def _by_group(weight: Tensor, coeff_shape: tuple[int, ...]) -> Tensor:
+    """The weight with the dimensions of what multiplies it."""
+    if len(coeff_shape) == weight.dim():
+        return weight
+    return weight.unflatten(0, (coeff_shape[0], -1))
+
+
+def _fold_weight(weight: Tensor, coeff: Tensor,
+                 coeff_shape: tuple[int, ...]) -> Tensor:
+    coeff = coeff.view(coeff_shape)
+    if coeff.dim() == weight.dim():
+        return weight * coeff
+    return (_by_group(weight, coeff_shape) * coeff).view_as(weight)
+
+
 def fold(weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
-         bn_bias: Tensor | None, weight_coeff: Tensor,
-         bias_delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold a normalization with fixed statistics into a convolution.
+         bn_bias: Tensor | None, rstd: Tensor, bias_delta: Tensor,
+         coeff_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Fold a normalization with fixed statistics into what comes before it.
 
     Args:
-        weight (Tensor): Of the convolution, shape
-            (out_channels, in_channels / groups, *kernel_size).
-        bias (Tensor, optional): Of the convolution, shape (out_channels,).
+        weight (Tensor): Of the convolution or linear layer.
+        bias (Tensor, optional): Of the same, shape (out_channels,).
         bn_weight (Tensor, optional): gamma, shape (out_channels,).
         bn_bias (Tensor, optional): beta, shape (out_channels,).
-        weight_coeff (Tensor): From :func:`norm_coefficients`.
-        bias_delta (Tensor): From :func:`norm_coefficients`.
+        rstd (Tensor): From :func:`norm_coefficients`.
+        bias_delta (Tensor): From :func:`norm_coefficients`, ``-mean``.
+        coeff_shape (tuple[int, ...]): See above.
 
     Returns:
         tuple[Tensor, Tensor]: The folded weight and bias, in the dtype that
         the inputs promote to (float32 where all are half precision).
     """
-    coeff = _scale(bn_weight, weight_coeff)
+    coeff = _scale(bn_weight, rstd)
     shift = _shift(bias, bias_delta)
+    folded_weight = _fold_weight(weight, coeff, coeff_shape)
     if bn_bias is None:
-        return weight * coeff, shift * coeff.view(-1)
-    return weight * coeff, torch.addcmul(bn_bias, shift, coeff.view(-1))
+        return folded_weight, shift * coeff
+    return folded_weight, torch.addcmul(bn_bias, shift, coeff)
 
 
-def fold_and_convolve(x: Tensor, weight: Tensor, bias: Tensor | None,
-                      bn_weight: Tensor | None, bn_bias: Tensor | None,
-                      weight_coeff: Tensor, bias_delta: Tensor,
-                      conv_args: ConvArgs) -> Tensor:
-    """Run a Conv+BN block with fixed statistics as one convolution.
+def fold_and_run(x: Tensor, weight: Tensor, bias: Tensor | None,
+                 bn_weight: Tensor | None, bn_bias: Tensor | None,
+                 rstd: Tensor, bias_delta: Tensor,
+                 coeff_shape: tuple[int, ...],
+                 linear_map: LinearMap) -> Tensor:
+    """Run a convolution and a normalization with fixed statistics as one.
 
-    Equal to the convolution followed by the normalization, for the output
-    and for the gradients of ``x``, ``weight``, ``bias``, ``bn_weight`` and
-    ``bn_bias``, of any order. Backward keeps ``x`` and ``weight``, never the
-    folded weight or the convolution's own output; where no gradient depends
-    on ``x`` it does not keep ``x`` either.
+    Equal to the one followed by the other, for the output and for the
+    gradients of ``x``, ``weight``, ``bias``, ``bn_weight`` and ``bn_bias``,
+    of any order. Backward keeps ``x`` and ``weight``, never the folded
+    weight or the convolution's own output; where no gradient depends on
+    ``x`` it does not keep ``x`` either.
 
     Args:
         x (Tensor): Shape (batch, in_channels, ...), padded beforehand where
             the padding is not with zeros. Its dtype is the one that the
             convolution runs in.
-        weight (Tensor): See :func:`fold`, as for the next five. The fold
+        weight (Tensor): See :func:`fold`, as for the next six. The fold
             runs in their dtype, at least float32.
         bias (Tensor, optional): Of the convolution.
         bn_weight (Tensor, optional): gamma.
         bn_bias (Tensor, optional): beta.
-        weight_coeff (Tensor): From :func:`norm_coefficients`.
+        rstd (Tensor): From :func:`norm_coefficients`.
         bias_delta (Tensor): From :func:`norm_coefficients`.
-        conv_args (ConvArgs): Geometry of the convolution.
+        coeff_shape (tuple[int, ...]): See above.
+        linear_map (LinearMap): What is done with the weight.
 
     Returns:
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
     """
     if needs_gradient(x, weight, bias, bn_weight, bn_bias):
-        return _FoldAndConvolve.apply(x, weight, bias, bn_weight, bn_bias,
-                                      weight_coeff, bias_delta, conv_args)
-    return convolve(
-        x, fold(weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta),
-        conv_args)
+        return _FoldAndRun.apply(x, weight, bias, bn_weight, bn_bias, rstd,
+                                 bias_delta, coeff_shape, linear_map)
+    folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
+                  coeff_shape)
+    return run_folded(x, folded, linear_map)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done to the tensors."""
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def convolve(x: Tensor, folded: tuple[Tensor, Tensor],
-             conv_args: ConvArgs) -> Tensor:
+def run_folded(x: Tensor, folded: tuple[Tensor, Tensor],
+               linear_map: LinearMap) -> Tensor:
     """Run a convolution with what :func:`fold` returns.
 
     Args:
         x (Tensor): Shape (batch, in_channels, ...).
         folded (tuple[Tensor, Tensor]): Weight and bias, of any dtype.
-        conv_args (ConvArgs): Geometry of the convolution.
+        linear_map (LinearMap): What is done with the weight.
 
     Returns:
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
     """
     weight, bias = folded
-    return torch.convolution(x, weight.to(x.dtype), bias.to(x.dtype),
-                             *conv_args)
+    return linear_map.run(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-class _FoldAndConvolve(torch.autograd.Function):
-    """:func:`fold_and_convolve` with a backward that folds anew."""
+class _FoldAndRun(torch.autograd.Function):
+    """:func:`fold_and_run` with a backward that folds anew."""
 
     @staticmethod
     def forward(
-            x: Tensor, weight: Tensor, bias: Tensor | None,
-            bn_weight: Tensor | None, bn_bias: Tensor | None,
-            weight_coeff: Tensor, bias_delta: Tensor,
-            conv_args: ConvArgs) -> Tensor:
-        folded = fold(weight, bias, bn_weight, bn_bias, weight_coeff,
-                      bias_delta)
-        return convolve(x, folded, conv_args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, bias, bn_weight, bn_bias, weight_coeff, bias_delta, \
-            conv_args = inputs
+            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+            bn_weight: Tensor | None, bn_bias: Tensor | None, rstd: Tensor,
+            bias_delta: Tensor, coeff_shape: tuple[int, ...],
+            linear_map: LinearMap) -> Tensor:
         _, needs_weight, _, needs_scale, _ = ctx.needs_input_grad[:5]
-        ctx.conv_args = conv_args
+        ctx.coeff_shape, ctx.linear_map = coeff_shape, linear_map
         ctx.input_shape = x.shape
         ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
         ctx.save_for_backward(x if needs_weight or needs_scale else None,
-                              weight, bias, bn_weight, weight_coeff,
-                              bias_delta)
+                              weight, bias, bn_weight, rstd, bias_delta)
+        folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
+                      coeff_shape)
+        return run_folded(x, folded, linear_map)
 
     @staticmethod
     def backward(
             ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, bn_weight, weight_coeff, bias_delta = \
-            ctx.saved_tensors
+        x, weight, bias, bn_weight, rstd, bias_delta = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_scale, needs_shift = \
             ctx.needs_input_grad[:5]
-        coeff = _scale(bn_weight, weight_coeff)
-        folded_weight = (weight * coeff).to(grad_output.dtype)
+        coeff_shape = ctx.coeff_shape
+        coeff = _scale(bn_weight, rstd)
+        folded_weight = _fold_weight(weight, coeff, coeff_shape).to(
+            grad_output.dtype)
         needs_sum = needs_bias or needs_scale or needs_shift
         # In half precision the kernel would round the sum.
         kernel_sums = x is not None and grad_output.dtype == coeff.dtype
@@ -194,13 +277,16 @@ class _FoldAndConvolve(torch.autograd.Function):
         grad_folded_bias: Any = None
         if x is not None:
             grad_x, grad_folded_weight, grad_folded_bias = \
-                torch.ops.aten.convolution_backward(
-                    grad_output, x, folded_weight, [bias_delta.numel()],
-                    *ctx.conv_args, (needs_x, True, needs_sum and kernel_sums))
-            grad_folded_weight = grad_folded_weight.to(coeff.dtype)
+                ctx.linear_map.gradients(
+                    grad_output, x, folded_weight, coeff.numel(),
+                    (needs_x, True, needs_sum and kernel_sums))
+            grad_folded_weight = _by_group(
+                grad_folded_weight.to(coeff.dtype), coeff_shape)
         elif needs_x:
-            grad_x = _input_gradient(grad_output, folded_weight,
-                                     ctx.input_shape, ctx.conv_args)
+            grad_x = ctx.linear_map.input_gradient(grad_output, folded_weight,
+                                                   ctx.input_shape)
+        # Else its memory would be held through the rest, at the peak.
+        del folded_weight
         if needs_sum and not kernel_sums:
             grad_folded_bias = grad_output.sum(
                 (0, *range(2, grad_output.dim())), dtype=coeff.dtype)
@@ -208,40 +294,21 @@ class _FoldAndConvolve(torch.autograd.Function):
         grad_weight = grad_bias = grad_scale = grad_shift = None
         if needs_scale:
             # sum(dZ * Y) = <w, dw'>: the reason why Y need not be kept.
-            dot = (grad_folded_weight * weight).sum_to_size(
-                weight_coeff.shape).view(-1)
+            product = grad_folded_weight * _by_group(weight, coeff_shape)
+            dot = product.sum_to_size(coeff_shape).view(-1)
+            del product
             grad_coeff = torch.addcmul(dot, grad_folded_bias,
                                        _shift(bias, bias_delta))
-            grad_scale = (grad_coeff * weight_coeff.view(-1)).to(
-                bn_weight.dtype)
+            grad_scale = (grad_coeff * rstd).to(bn_weight.dtype)
         if needs_weight:
             # In place it takes half the time; a second derivative needs both.
             multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_
-            grad_weight = multiply(grad_folded_weight, coeff).to(weight.dtype)
+            grad_weight = multiply(grad_folded_weight,
+                                   coeff.view(coeff_shape))
+            grad_weight = grad_weight.view_as(weight).to(weight.dtype)
         if needs_bias:
-            grad_bias = (grad_folded_bias * coeff.view(-1)).to(bias.dtype)
+            grad_bias = (grad_folded_bias * coeff).to(bias.dtype)
         if needs_shift:
             grad_shift = grad_folded_bias.to(ctx.bn_bias_dtype)
         return (grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None,
-                None, None)
-
-
-def _input_gradient(grad_output: Tensor, weight: Tensor,
-                    input_shape: torch.Size, conv_args: ConvArgs) -> Tensor:
-    """Gradient of a convolution's input, which does not need the input.
-
-    Written as the transposed convolution that it is, since
-    ``aten.convolution_backward`` asks for the input itself.
-    """
-    stride, padding, dilation, transposed, _, groups = conv_args
-    if transposed:
-        output_padding = (0, ) * len(stride)
-    else:
-        output_padding = tuple(
-            size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-            for size, out, s, p, d, k in zip(input_shape[2:],
-                                             grad_output.shape[2:], stride,
-                                             padding, dilation,
-                                             weight.shape[2:]))
-    return torch.convolution(grad_output, weight, None, stride, padding,
-                             dilation, not transposed, output_padding, groups)
+                None, None, None)

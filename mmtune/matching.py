@@ -8,6 +8,8 @@ really runs is decided at each call (see ``behaviours.py``).
 import contextlib
 import copy
 import inspect
+import math
+import operator
 import random
 import sys
 from collections import Counter
@@ -16,14 +18,19 @@ from typing import NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.behaviours import stock_type
-from mmtune.convs import conv_kind, looks_like_conv
-from mmtune.deferred import bare_copy
+from mmtune.class_swap import bare_copy, stock_type
+from mmtune.kinds import conv_kind, looks_like_conv, norm_kind
 
-__all__ = ['LeftOut', 'Match', 'Matches', 'batch_norms', 'find_pairs']
+__all__ = [
+    'OWN_OPTION', 'LeftOut', 'Match', 'Matches', 'find_pairs', 'norms_of'
+]
+
+
+# By which MMCV's ConvModule rewrites itself; mmtune does so in its place.
+OWN_OPTION = 'efficient_conv_bn_eval_forward'
 
 
 class Match(NamedTuple):
@@ -65,9 +72,14 @@ class Matches(NamedTuple):
     left_out: list[LeftOut]
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The BatchNorms inside a module, each once."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+def norms_of(module: nn.Module) -> list[nn.Module]:
+    """The normalizations by kept statistics in a module, each once."""
+    return [m for m in module.modules() if _is_norm(m)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or norm_kind(
+        module, stock_type(module)) is not None
 
 
 def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
@@ -99,22 +111,15 @@ class _Search:
     def __init__(self, model: nn.Module, roots: Sequence[nn.Module]) -> None:
         self.names = {m: name for name, m in model.named_modules()}
         # Dicts for their order.
-        self.norms = {m: None for root in roots for m in batch_norms(root)}
-        self.pairs: dict[tuple[nn.Module, nn.Module], tuple] = {}
+        self.norms = {m: None for root in roots for m in norms_of(root)}
+        # By block, convolution and norm: whether there was only one way.
+        self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], bool] = {}
         self.reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
         self.calls: Counter[nn.Module] = Counter()
 
     def read(self, block: nn.Module) -> None:
         """Trace a block and note the pairs, or why there are none."""
-        try:
-            graphs, exact = _trace(block)
-        except Exception as error:  # user code under proxies: anything
-            message = str(error).partition('\n')[0].partition('. ')[0]
-            reason = (f'the forward of {self.names[block]!r} cannot be traced '
-                      f'({type(error).__name__}: {message})')
-            for module in _own_modules(block):
-                self.reasons.setdefault(module, (None, reason))
-            return
+        graphs, exact, error = _trace(block)
         counts: Counter[nn.Module] = Counter()
         for graph in graphs:
             sites = _call_sites(block, graph)
@@ -124,24 +129,29 @@ class _Search:
                 if norm in self.norms:
                     self._read_norm(block, norm, node, exact)
         self.calls += counts
+        if error is not None:
+            reason = (f'the forward of {self.names[block]!r} cannot be traced '
+                      f'({error})')
+            for module in _own_modules(block):
+                self.reasons.setdefault(module, (None, reason))
 
     def _read_norm(self, block: nn.Module, norm: nn.Module, node: fx.Node,
                    exact: bool) -> None:
         conv, reason = _producer(block, node)
         if conv is not None and reason is None:
-            self.pairs.setdefault((conv, norm), (block, exact))
+            self.pairs.setdefault((block, conv, norm), exact)
         elif reason is not None:
             self.reasons[norm] = (conv, reason)
 
     def result(self) -> Matches:
-        """The pairs found, and the BatchNorms that are in none."""
+        """The pairs found, and the normalizations that are in none."""
         pairs = []
-        for (conv, norm), (block, exact) in self.pairs.items():
+        for (block, conv, norm), exact in self.pairs.items():
             sole = exact and self.calls[conv] == self.calls[norm] == 1
             pairs.append(
                 Match(self.names[block], self.names[conv], self.names[norm],
                       sole))
-        paired = {norm for _, norm in self.pairs}
+        paired = {norm for *_, norm in self.pairs}
         left_out = []
         for norm in self.norms:
             if norm in paired:
@@ -155,7 +165,7 @@ class _Search:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) or looks_like_conv(module)
+    return looks_like_conv(module) or _is_norm(module)
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -187,37 +197,54 @@ def _producer(
     if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
         return None, 'it is not called with one tensor'
     source = inputs[0]
+    if source.target is operator.getitem and _gives_list(
+            block, source.args[0]):
+        others = [user for user in source.users if user is not node]
+        source = source.args[0]
+    else:
+        others = [user for user in source.users if user is not node]
     if source.op != 'call_module':
         return None, f'its input comes from {_describe(source)}'
     conv = block.get_submodule(source.target)
-    conv_type = stock_type(conv)
     if not looks_like_conv(conv):
         return None, ('its input comes from the module '
-                      f'{source.target!r} ({conv_type.__name__})')
-    reason = _unfit_conv(conv) or _unfit_norm(norm)
+                      f'{source.target!r} ({stock_type(conv).__name__})')
+    reason = _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
     if reason is not None:
         return conv, reason
-    if conv.out_channels != norm.num_features:
-        return conv, (f'the convolution has {conv.out_channels} output '
-                      f'channels, the BN {norm.num_features}')
-    others = [user for user in source.users if user is not node]
     if others:
         return conv, ('the output of the convolution also goes to '
                       f'{_describe(others[0])}')
     between = source.next
-    while between.op in ('get_attr', 'placeholder'):
+    while between is not node:
+        if not _changes_nothing(block, between):
+            return conv, (f'{_describe(between)} runs between the '
+                          'convolution and the BN')
         between = between.next
-    if between is not node:
-        return conv, (f'{_describe(between)} runs between the convolution '
-                      'and the BN')
     return conv, None
+
+
+def _gives_list(block: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a convolution that gives a list."""
+    if node.op != 'call_module':
+        return False
+    kind = conv_kind(stock_type(block.get_submodule(node.target)))
+    return kind is not None and kind.gives_list
+
+
+def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
+    """Whether what runs at a node leaves tensors as they are."""
+    if node.op != 'call_module':
+        return (node.op in ('get_attr', 'placeholder')
+                or node.target is operator.getitem)
+    module = block.get_submodule(node.target)
+    return conv_kind(stock_type(module)) is not None or norm_kind(
+        module, stock_type(module)) is not None
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
     if 'forward' in vars(conv):
         return "the convolution's forward is replaced on the instance"
-    if is_lazy(conv.weight):
-        return 'the convolution is not initialized before its first call'
     if conv_kind(stock_type(conv)) is None:
         return (f'{stock_type(conv).__name__} is not a convolution that '
                 'mmtune knows')
@@ -225,15 +252,26 @@ def _unfit_conv(conv: nn.Module) -> str | None:
 
 
 def _unfit_norm(norm: nn.Module) -> str | None:
-    norm_type = stock_type(norm)
     if 'forward' in vars(norm):
         return "the BN's forward is replaced on the instance"
-    if norm_type.forward not in (_BatchNorm.forward, SyncBatchNorm.forward):
-        return f'{norm_type.__name__} overrides the forward of BatchNorm'
-    if is_lazy(norm.running_mean):
-        return 'the BN is not initialized before its first call'
+    if norm_kind(norm, stock_type(norm)) is None:
+        return (f'{stock_type(norm).__name__} overrides the forward of '
+                'BatchNorm')
     if norm.running_mean is None or norm.running_var is None:
         return 'the BN has no running statistics'
+    return None
+
+
+def _unfit(conv: nn.Module, norm: nn.Module) -> str | None:
+    kind = conv_kind(stock_type(conv))
+    assert kind is not None, 'checked before'
+    shape = kind.shape(conv)
+    if is_lazy(norm.running_mean) or 0 in shape:
+        return None
+    channels = math.prod(kind.coeff_shape(conv, shape))
+    if channels != norm.running_mean.numel():
+        return (f'the convolution has {channels} output channels, the BN '
+                f'{norm.running_mean.numel()}')
     return None
 
 
@@ -252,6 +290,13 @@ def _describe(node: fx.Node) -> str:
 # --------------------------------------------------------------------------
 
 
+class _Proxy(fx.Proxy):
+    """A proxy of some length, as `f(*x)` asks for."""
+
+    def __len__(self) -> int:
+        return self.tracer.guess_length()
+
+
 class _BlockTracer(fx.Tracer):
     """Traces one forward; where it branches on data, takes one branch.
 
@@ -261,6 +306,8 @@ class _BlockTracer(fx.Tracer):
 
     # Loops on data would not end.
     MAX_GUESSES = 1000
+    # As how many a tensor or a list of unknown length is taken.
+    LENGTH = 16
 
     def __init__(self, branch: bool) -> None:
         super().__init__()
@@ -273,33 +320,56 @@ class _BlockTracer(fx.Tracer):
         return True
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        self._guess()
+        return self.branch
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def guess_length(self) -> int:
+        self._guess()
+        return self.LENGTH
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        return (obj[i] for i in range(self.guess_length()))
+
+    def _guess(self) -> None:
         self.guesses += 1
         if self.guesses > self.MAX_GUESSES:
             raise fx.proxy.TraceError('a loop depends on data')
-        return self.branch
 
 
-def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool]:
+def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool, str | None]:
     """Trace a block's forward.
 
     Returns:
-        tuple[list[fx.Graph], bool]: A graph, or one for each branch where
-        the forward branches on data; and whether there was only one way.
+        tuple[list[fx.Graph], bool, str | None]: A graph, or one for each
+        branch where the forward branches on data, as far as they could be
+        traced; whether there was only one way; and what ended the trace.
     """
     if 'forward' in vars(block):
-        raise NotImplementedError('forward is replaced on the instance')
+        return [], False, 'forward is replaced on the instance'
     if isinstance(block, (fx.GraphModule, torch.jit.ScriptModule)):
-        raise NotImplementedError('its code was generated for this instance')
+        return [], False, 'its code was generated for this instance'
     with _random_state_kept():
-        tracer = _BlockTracer(branch=False)
-        graphs = [tracer.trace(_stand_in(block), _defaults(block))]
-        exact = tracer.guesses == 0
-        if not exact:
-            with contextlib.suppress(Exception):
-                graphs.append(
-                    _BlockTracer(branch=True).trace(
-                        _stand_in(block), _defaults(block)))
-    return graphs, exact
+        graph, guessed, error = _trace_branch(block, False)
+        if not guessed:
+            return [graph], error is None, error
+        return [graph, _trace_branch(block, True)[0]], False, error
+
+
+def _trace_branch(block: nn.Module,
+                  branch: bool) -> tuple[fx.Graph, bool, str | None]:
+    """Trace one way; what came before an error is a part of the forward."""
+    tracer = _BlockTracer(branch)
+    error = None
+    try:
+        tracer.trace(_stand_in(block), _defaults(block))
+    except Exception as raised:  # user code under proxies: anything
+        message = str(raised).partition('\n')[0].partition('. ')[0]
+        error = f'{type(raised).__name__}: {message}'
+    graph = getattr(tracer, 'graph', fx.Graph())
+    return graph, tracer.guesses > 0, error
 
 
 def _stand_in(block: nn.Module) -> nn.Module:
@@ -315,6 +385,8 @@ def _stand_in(block: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if isinstance(value, (dict, list, set)):
                 vars(stand_in)[name] = copy.copy(value)
+        if OWN_OPTION in vars(stand_in):
+            vars(stand_in)[OWN_OPTION] = None
     for stand_in in copies.values():
         for name, child in stand_in._modules.items():
             if child is not None:

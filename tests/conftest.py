@@ -1,8 +1,18 @@
 import pytest
 import torch
 
+from mmtune import behaviours
+
 
 @pytest.fixture(autouse=True, scope='session')
 def few_threads():
     """Keep the thread count, and so rounding, alike on every machine."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(request, monkeypatch):
+    """Fold however small a map is: tests are quick with small ones."""
+    if 'small_maps' not in request.keywords:
+        monkeypatch.setattr(behaviours, 'SMALL_MAP', 0)
+        monkeypatch.setattr(behaviours, 'SMALL_SHARE', 0)

@@ -5,6 +5,7 @@ from torch import nn
 
 from mmtune import turn_on
 from mmtune.deferred import DeferredConv, settle
+from mmtune.kinds import conv_kind
 
 
 @pytest.fixture
@@ -14,6 +15,10 @@ def block():
     return model
 
 
+def promise_of(conv, x):
+    return DeferredConv('0', conv, conv_kind(nn.Conv2d), (x, ))
+
+
 def test_promise_has_every_attribute_of_a_tensor(block):
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     missing = [
@@ -21,7 +26,7 @@ def test_promise_has_every_attribute_of_a_tensor(block):
     ]
     assert set(missing) <= {'__slotnames__'}  # made when one is pickled
     expected = F.conv2d(x, block[0].weight, block[0].bias, padding=1)
-    promise = DeferredConv(block[0], x)
+    promise = promise_of(block[0], x)
     assert promise.shape == expected.shape and promise.dim() == 4
     assert promise.dtype == x.dtype and promise.requires_grad
     assert repr(promise) == repr(promise.tensor())
@@ -40,7 +45,7 @@ def test_settle_leaves_the_rest_alone(value):
 
 
 def test_promise_is_kept_once(block):
-    promise = DeferredConv(block[0], torch.ones(1, 3, 5, 5).double())
+    promise = promise_of(block[0], torch.ones(1, 3, 5, 5).double())
     assert promise.foldable()
     assert promise.tensor() is promise.tensor()
     assert not promise.foldable()
@@ -51,7 +56,7 @@ def test_promise_is_kept_once(block):
 ])
 def test_settle_finds_promises(block, container):
     x = torch.ones(1, 3, 5, 5).double()
-    settled = settle(container(DeferredConv(block[0], x)))
+    settled = settle(container(promise_of(block[0], x)))
     assert type(settled) is type(container(x))
     leaf = settled
     while not isinstance(leaf, torch.Tensor):

@@ -7,9 +7,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from mmtune.analysis import saved_bytes
 from mmtune.functional import (
-    ConvArgs,
+    Convolution,
     fold,
-    fold_and_convolve,
+    fold_and_run,
     norm_coefficients,
 )
 
@@ -45,16 +45,16 @@ def make_case(dim=2,
         bn_bias=randn(channels) if affine else None)
     statistics = dict(
         running_mean=randn(channels), running_var=randn(channels)**2)
-    conv_args = ConvArgs((stride, ) * dim, (padding, ) * dim,
-                         (dilation, ) * dim, False, (0, ) * dim, groups)
-    return tensors, statistics, conv_args, eps
+    geometry = Convolution((stride, ) * dim, (padding, ) * dim,
+                           (dilation, ) * dim, False, (0, ) * dim, groups)
+    return tensors, statistics, geometry, eps
 
 
-def stock(tensors, statistics, conv_args, eps):
-    dim = len(conv_args.stride)
+def stock(tensors, statistics, geometry, eps):
+    dim = len(geometry.stride)
     y = CONVS[dim](tensors['x'], tensors['weight'], tensors['bias'],
-                   conv_args.stride, conv_args.padding, conv_args.dilation,
-                   conv_args.groups)
+                   geometry.stride, geometry.padding, geometry.dilation,
+                   geometry.groups)
     return F.batch_norm(
         y,
         statistics['running_mean'],
@@ -64,11 +64,13 @@ def stock(tensors, statistics, conv_args, eps):
         eps=eps)
 
 
-def tuned(tensors, statistics, conv_args, eps):
+def tuned(tensors, statistics, geometry, eps):
     coefficients = norm_coefficients(
-        statistics['running_mean'], statistics['running_var'], eps,
-        tensors['weight'].dim())
-    return fold_and_convolve(*tensors.values(), *coefficients, conv_args)
+        statistics['running_mean'], statistics['running_var'], eps)
+    weight = tensors['weight']
+    coeff_shape = (weight.size(0), ) + (1, ) * (weight.dim() - 1)
+    return fold_and_run(*tensors.values(), *coefficients, coeff_shape,
+                        geometry)
 
 
 def gradients(function, case):
@@ -210,13 +212,14 @@ def test_second_derivative_of_the_input_alone(settings):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_fold_of_half_precision_runs_in_float32(dtype):
     tensors, statistics, *_ = make_case(dtype=dtype)
-    coefficients = norm_coefficients(
-        statistics['running_mean'], statistics['running_var'], 1e-5, 4)
+    coefficients = norm_coefficients(statistics['running_mean'],
+                                     statistics['running_var'], 1e-5)
+    shape = (-1, 1, 1, 1)
     del tensors['x']
-    weight, bias = fold(*tensors.values(), *coefficients)
+    weight, bias = fold(*tensors.values(), *coefficients, shape)
     assert weight.dtype == bias.dtype == torch.float32
     exact = fold(*(t.double() for t in tensors.values()),
-                 *(c.double() for c in coefficients))
+                 *(c.double() for c in coefficients), shape)
     torch.testing.assert_close(weight.double(), exact[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(bias.double(), exact[1], rtol=1e-6, atol=1e-6)
 
@@ -253,10 +256,3 @@ def test_input_is_kept_only_where_a_gradient_depends_on_it(learned, keeps_x):
     x = tensors['x'].numel() * 8 if keeps_x else 0
     assert output.requires_grad
     assert x <= saved.total <= x + vectors
-
-
-def test_norm_coefficients_shapes():
-    mean, var = torch.zeros(3), torch.ones(3)
-    weight_coeff, bias_delta = norm_coefficients(mean, var, 0., 5)
-    assert weight_coeff.shape == (3, 1, 1, 1, 1)
-    assert bias_delta.shape == (3, )

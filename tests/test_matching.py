@@ -101,15 +101,47 @@ class LoopOnData(Base):
         return x
 
 
+class Unpacked(Base):
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).view(*x.shape[:1], len(x), -1)
+
+
+class EndsOneWay(Base):
+
+    def forward(self, x):
+        while not x.sum() > 0:
+            x = x + 1
+        return self.bn(self.conv(x))
+
+
+class PartlyTraced(Base):
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return x * float(x)
+
+
+class ConvsFirst(Base):
+
+    def forward(self, x):
+        y, _ = self.conv(x), self.conv(x)
+        return self.bn(y)
+
+
+class NumberOfData(Base):
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) if float(x) else x
+
+
 class EndlessOnData(Base):
 
     def forward(self, x):
-        while x.sum() < 0 or True:
-            if x.mean() > 0:
-                break
-            x = x + 1
         while not x.sum() > 0:
             x = x + 1
+        while x.mean() > 0:
+            x = x - 1
         return self.bn(self.conv(x))
 
 
@@ -166,6 +198,11 @@ class Lists(nn.Module):
 
 
 FOUND = {
+    'loop on data': LoopOnData,
+    'unpacked data': Unpacked,
+    'one way of a loop ends': EndsOneWay,
+    'before the trace ends': PartlyTraced,
+    'another conv between': ConvsFirst,
     'plain': Base,
     '1d': lambda: Base(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)),
     '3d': lambda: Base(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4)),
@@ -201,7 +238,7 @@ LEFT_OUT = {
     'through a module': (ThroughModule,
                          "comes from the module 'wrapped' (Sequential)"),
     'never called': (Uncalled, 'no traced forward calls it'),
-    'loop on data': (LoopOnData, 'cannot be traced (TraceError: '),
+    'number of data': (NumberOfData, 'cannot be traced (TypeError: '),
     'endless on data': (EndlessOnData, 'cannot be traced (TraceError: '),
 }
 

@@ -95,6 +95,16 @@ class RecordHook(Hook):
         self.losses.append(float(outputs['loss']))
 
 
+def conv_bns(dtype=torch.float64):
+    """Two Conv+BN blocks for three channels, in eval mode."""
+    torch.manual_seed(0)
+    return randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
+            nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))).to(
+                dtype).eval()
+
+
 TUNE = dict(tune_mode=dict(type='mmtune.TuneModeHook'))
 
 

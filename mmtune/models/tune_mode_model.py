@@ -1,7 +1,9 @@
 """A model in one of the paper's modes from the moment it is built."""
 from collections.abc import Sequence
 
+from mmengine.dist import is_distributed
 from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
@@ -74,6 +76,9 @@ class TuneModeModel(nn.Module):
             architecture = dict(architecture)
             architecture.setdefault('data_preprocessor', data_preprocessor)
         model = MMENGINE_MODELS.build(architecture)
+        if not is_distributed():
+            # A Runner does it later, and would replace what is rewritten.
+            model = revert_sync_batchnorm(model)
         report = turn_on(
             model, mode=mode, modules=modules, norm_eval=norm_eval)
         print_log(f'{report.mode} mode:\n{report}', logger='current')

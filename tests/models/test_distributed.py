@@ -1,12 +1,8 @@
 """Two processes on gloo against one process."""
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 
@@ -15,37 +11,7 @@ from mmtune.api import latest_runs
 from mmtune.models import TuneModeDistributedDataParallel
 from tests import toy
 from tests.oracle import randomize
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-def _start(rank, world_size, port, function, results):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo')
-    try:
-        results[rank] = function(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(function, world_size=2):
-    """Run ``function(rank)`` in each process and return what each gives."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(
-            _start, (world_size, _free_port(), function, results),
-            nprocs=world_size)
-        return [results[rank] for rank in range(world_size)]
+from tests.processes import in_processes
 
 
 def batch():
@@ -134,8 +100,6 @@ def test_two_processes_equal_one(function):
 
 
 def _run(rank, work_dir, options):
-    # MMEngine's launcher for gloo asks for a GPU all the same.
-    torch.cuda.set_device = lambda device: None
     runner = toy.build_runner(
         Path(work_dir),
         launcher='pytorch',
@@ -147,32 +111,14 @@ def _run(rank, work_dir, options):
         latest_runs(runner.model))
 
 
-def _start_run(rank, port, work_dir, options, results):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    results[rank] = _run(rank, work_dir, options)
-
-
 @pytest.mark.slow
 def test_model_wrapper_cfg_of_a_runner(tmp_path):
     """The wrapper by config; MMEngine's own gives device_ids on the CPU."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(
-            _start_run, (_free_port(), str(tmp_path),
-                         dict(
-                             model_wrapper_cfg=dict(
-                                 type='mmtune.TuneModeDistributedDataParallel',
-                                 modules=['backbone'])), results),
-            nprocs=2)
-        results = dict(results)
-    for rank in (0, 1):
-        losses, wrapper, runs = results[rank]
+    wrapper_cfg = dict(
+        type='mmtune.TuneModeDistributedDataParallel', modules=['backbone'])
+    results = in_processes(
+        _run, str(tmp_path), dict(model_wrapper_cfg=wrapper_cfg), init=False)
+    for losses, wrapper, runs in results:
         assert wrapper == 'TuneModeDistributedDataParallel'
         assert len(losses) == 4
         assert set(runs.values()) == {'fused'}

@@ -1,0 +1,553 @@
+"""What each kind of convolution and of normalization is to the fold.
+
+``CONV_KINDS`` and ``NORM_KINDS`` map the dotted name of a class to its kind.
+A module whose class is in neither, or that computes its output by code of its
+own, is never folded. To have a layer of your own folded, add a line::
+
+    from mmtune.kinds import CONV_KINDS, ConvKind
+
+    CONV_KINDS['mypackage.layers.MyConv'] = ConvKind()
+"""
+import copy
+import math
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtune.class_swap import bare_copy
+from mmtune.functional import Convolution, LinearMap, Product
+
+__all__ = [
+    'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'NormKind', 'conv_kind',
+    'norm_kind'
+]
+
+
+class ConvKind:
+    """Any layer whose output is linear in its weight, channel by channel.
+
+    That is to say: multiplying ``weight[c]`` and ``bias[c]`` by a number
+    multiplies channel ``c`` of the output by it, and nothing else; and the
+    layer adds ``bias``, where it has one, to the output. This class runs such
+    a layer by its own forward, with the folded weight in place of its own,
+    whatever else that forward reads. A subclass that gives
+    :meth:`linear_map` spares backward the folded weight as well.
+
+    Attributes:
+        gives_list (bool): Whether the layer takes a list of inputs and gives
+            a list of outputs, see :meth:`branches`.
+    """
+
+    gives_list = False
+
+    def weight(self, conv: nn.Module) -> Tensor:
+        """Give what the input is multiplied with.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+
+        Returns:
+            Tensor: Shape (out_channels, ...), or see :meth:`coeff_shape`. It
+            is asked for once a call, since it may be made anew each time.
+        """
+        return conv.weight
+
+    def shape(self, conv: nn.Module) -> tuple[int, ...]:
+        """Give the shape of a weight, without asking for it.
+
+        Args:
+            conv (nn.Module): A layer of this kind, with the attributes of
+                ``nn.Conv2d``.
+
+        Returns:
+            tuple[int, ...]: Zeros where the layer does not know it yet.
+        """
+        return (conv.out_channels, conv.in_channels // conv.groups,
+                *conv.kernel_size)
+
+    def coeff_shape(self, conv: nn.Module,
+                    weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Give the shape in which a number per output channel multiplies.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+            weight_shape (tuple[int, ...]): Of its weight.
+
+        Returns:
+            tuple[int, ...]: A shape that :mod:`mmtune.functional` describes;
+            here the output channels are the weight's first dimension.
+        """
+        return (weight_shape[0], ) + (1, ) * (len(weight_shape) - 1)
+
+    def outputs_per_input(self, conv: nn.Module) -> float:
+        """Estimate how many elements of output an element of input gives.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+
+        Returns:
+            float: From the numbers of channels and the stride.
+        """
+        return conv.out_channels / conv.in_channels / math.prod(conv.stride)
+
+    def run(self, conv: nn.Module, weight: Tensor, bias: Tensor | None,
+            *inputs: Any) -> Tensor:
+        """Run the layer with other tensors in the place of its own.
+
+        Args:
+            conv (nn.Module): Gives everything else; is not changed.
+            weight (Tensor): In place of what :meth:`weight` gives.
+            bias (Tensor, optional): In place of ``conv.bias``.
+            *inputs: What the layer was called with.
+
+        Returns:
+            Tensor: Shape (batch, out_channels, ...).
+        """
+        layer = bare_copy(conv)
+        known: Any = _known(type(conv), CONV_KINDS)[1]
+        # Without our behaviour, and without a parametrization of the weight.
+        layer.__class__ = vars(known).get('_tune_stock', known)
+        vars(layer).update(
+            _parameters={
+                name: parameter
+                for name, parameter in conv._parameters.items()
+                if name not in ('weight', 'bias')
+            },
+            weight=weight,
+            bias=bias)
+        return layer.forward(*inputs)
+
+    def linear_map(self, conv: nn.Module,
+                   *inputs: Any) -> tuple[Tensor, LinearMap] | None:
+        """Say what is done with the weight, where it is a known operator.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+            *inputs: What it was called with.
+
+        Returns:
+            tuple[Tensor, LinearMap] | None: The input that the operator gets
+            (padded, say), and the operator; None where :meth:`run` has to be
+            called.
+        """
+        return None
+
+
+    def branches(self, conv: nn.Module,
+                 *inputs: Any) -> list[tuple['ConvKind', nn.Module, tuple]]:
+        """Split a call of a layer that gives a list.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+            *inputs: What it was called with.
+
+        Returns:
+            list[tuple[ConvKind, nn.Module, tuple]]: A convolution for each
+            output, by its kind, itself and its own inputs.
+        """
+        raise NotImplementedError
+
+
+class _Convolution(ConvKind):
+    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
+
+    def run(self, conv, weight, bias, *inputs):
+        return conv._conv_forward(*inputs, weight, bias)
+
+    def linear_map(self, conv, *inputs):
+        x, = inputs
+        padding = conv.padding
+        if conv.padding_mode != 'zeros':
+            x = F.pad(x, conv._reversed_padding_repeated_twice,
+                      conv.padding_mode)
+            padding = (0, ) * len(conv.stride)
+        elif padding == 'valid':
+            padding = (0, ) * len(conv.stride)
+        elif padding == 'same':
+            total = [
+                d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)
+            ]
+            if any(t % 2 for t in total):
+                x = F.pad(x, conv._reversed_padding_repeated_twice)
+                total = [0] * len(total)
+            padding = tuple(t // 2 for t in total)
+        return x, Convolution(conv.stride, padding, conv.dilation, False,
+                              conv.output_padding, conv.groups)
+
+
+class _TransposedConvolution(ConvKind):
+    """``nn.ConvTranspose1d``, ``nn.ConvTranspose2d``, ``nn.ConvTranspose3d``.
+
+    The weight has the shape (in_channels, out_channels / groups, ...).
+    """
+
+    def shape(self, conv):
+        return (conv.in_channels, conv.out_channels // conv.groups,
+                *conv.kernel_size)
+
+    def coeff_shape(self, conv, weight_shape):
+        _, out_channels, *kernel_size = weight_shape
+        shape = (out_channels, *[1] * len(kernel_size))
+        return (1, *shape) if conv.groups == 1 else (conv.groups, 1, *shape)
+
+    def outputs_per_input(self, conv):
+        return conv.out_channels / conv.in_channels * math.prod(conv.stride)
+
+    def linear_map(self, conv, x, output_size=None):
+        output_padding = conv._output_padding(x, output_size, conv.stride,
+                                              conv.padding, conv.kernel_size,
+                                              len(conv.stride), conv.dilation)
+        return x, Convolution(conv.stride, conv.padding, conv.dilation, True,
+                              tuple(output_padding), conv.groups)
+
+    def run(self, conv, weight, bias, *inputs):
+        x, geometry = self.linear_map(conv, *inputs)
+        run = (F.conv_transpose1d, F.conv_transpose2d,
+               F.conv_transpose3d)[len(geometry.stride) - 1]
+        return run(x, weight, bias, geometry.stride, geometry.padding,
+                   geometry.output_padding, geometry.groups,
+                   geometry.dilation)
+
+
+class _Linear(ConvKind):
+    """``nn.Linear`` on a matrix."""
+
+    def shape(self, conv):
+        return conv.out_features, conv.in_features
+
+    def outputs_per_input(self, conv):
+        return conv.out_features / conv.in_features
+
+    def run(self, conv, weight, bias, *inputs):
+        x, = inputs
+        return F.linear(x, weight, bias)
+
+    def linear_map(self, conv, *inputs):
+        x, = inputs
+        return x, Product()
+
+
+class _PaddedConvolution(_Convolution):
+    """MMCV's ``Conv2dAdaptivePadding``: pads as TensorFlow's "same" does."""
+
+    def run(self, conv, weight, bias, *inputs):
+        return super().run(conv, weight, bias, self._pad(conv, *inputs))
+
+    def linear_map(self, conv, *inputs):
+        return super().linear_map(conv, self._pad(conv, *inputs))
+
+    def _pad(self, conv, x):
+        padding = []
+        # F.pad wants the last dimension first.
+        for size, kernel, stride, dilation in zip(
+                x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1],
+                conv.dilation[::-1]):
+            total = max((math.ceil(size / stride) - 1) * stride +
+                        (kernel - 1) * dilation + 1 - size, 0)
+            padding += [total // 2, total - total // 2]
+        return F.pad(x, padding) if any(padding) else x
+
+
+class _StandardizedConvolution(_Convolution):
+    """MMCV's ``ConvWS2d``: a weight of mean 0 and deviation 1 per channel."""
+
+    def weight(self, conv):
+        flat = conv.weight.flatten(1)
+        mean = flat.mean(dim=1).view(-1, 1, 1, 1)
+        std = flat.std(dim=1).view(-1, 1, 1, 1)
+        return (conv.weight - mean) / (std + conv.eps)
+
+
+class _AdaptiveStandardizedConvolution(_Convolution):
+    """MMCV's ``ConvAWS2d``."""
+
+    def weight(self, conv):
+        return conv._get_weight(conv.weight)
+
+
+class _DeformableConvolution(ConvKind):
+    """MMCV's ``DeformConv2d``, which has no bias of its own."""
+
+    def run(self, conv, weight, bias, *inputs):
+        output = super().run(conv, weight, None, *inputs)
+        # In place: no gradient needs the output itself.
+        return output if bias is None else output.add_(bias.view(-1, 1, 1))
+
+
+class _TridentBranch(_Convolution):
+    """A branch of a ``TridentConv``, with the padding as dilation."""
+
+    def run(self, conv, weight, bias, *inputs):
+        x, = inputs
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding,
+                        conv.dilation)
+
+    def linear_map(self, conv, *inputs):
+        x, = inputs
+        return x, Convolution(conv.stride, conv.padding, conv.dilation, False,
+                              (0, 0), 1)
+
+
+class _Trident(ConvKind):
+    """MMDetection's ``TridentConv``: one weight, several dilations."""
+
+    gives_list = True
+
+    def shape(self, conv):
+        return conv.out_channels, conv.in_channels, *conv.kernel_size
+
+    def branches(self, conv, *inputs):
+        inputs, = inputs
+        sizes = list(zip(conv.paddings, conv.dilations))
+        if not conv.training and conv.test_branch_idx != -1:
+            sizes = [(conv.paddings[conv.test_branch_idx],
+                      conv.dilations[conv.test_branch_idx])]
+        branches = []
+        for x, (padding, dilation) in zip(inputs, sizes):
+            branch = bare_copy(conv)
+            vars(branch).update(
+                padding=(padding, padding), dilation=(dilation, dilation))
+            branches.append((_TRIDENT_BRANCH, branch, (x, )))
+        return branches
+
+
+_TRIDENT_BRANCH = _TridentBranch()
+class NormKind:
+    """A normalization by statistics that it keeps (``nn.BatchNorm2d``).
+
+    Where its statistics are fixed it computes
+    ``(x - running_mean) / sqrt(running_var + eps) * weight + bias`` for each
+    channel, the second dimension of ``x``.
+
+    Attributes:
+        takes_half (bool): Whether float32 statistics and a half precision
+            ``x`` give a half precision output.
+    """
+
+    takes_half = True
+
+    def tensors(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
+        """Give weight, bias, running_mean and running_var.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+
+        Returns:
+            tuple[Tensor | None, ...]: Each of shape (num_features,) or None.
+        """
+        # Four lookups on a module take as long as a short operator.
+        own = {**norm._parameters, **norm._buffers}
+        try:
+            return (own['weight'], own['bias'], own['running_mean'],
+                    own['running_var'])
+        except KeyError:  # parametrized
+            return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+    def is_fixed(self, norm: nn.Module) -> bool:
+        """Whether a call of now would use the running statistics.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+
+        Returns:
+            bool: False where it would use those of its input.
+        """
+        buffers = norm._buffers
+        return (not norm.training and buffers.get('running_mean') is not None
+                and buffers.get('running_var') is not None)
+
+    def check_input(self, norm: nn.Module, x: Tensor) -> None:
+        """Raise what the normalization would raise of its input's shape.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+            x (Tensor): Of as many dimensions as its input would have.
+        """
+        norm._check_input_dim(x)
+
+    def run_fixed(self, norm: nn.Module, x: Tensor) -> Tensor | None:
+        """Run by the running statistics, faster than the module's forward.
+
+        Where maps are small, what a module does in Python takes as long as
+        its operator.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+            x (Tensor): Its input.
+
+        Returns:
+            Tensor | None: What the forward would return; None where that has
+            to be called.
+        """
+        return None
+
+
+class _BatchNorm(NormKind):
+    """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d``."""
+
+    def run_fixed(self, norm, x):
+        if not self.is_fixed(norm):
+            return None
+        norm._check_input_dim(x)
+        weight, bias, mean, var = self.tensors(norm)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.,
+                                norm.eps, torch.backends.cudnn.enabled)
+
+
+class _InstanceNorm(NormKind):
+    """``nn.InstanceNorm2d`` with ``track_running_stats=True``."""
+
+    def is_fixed(self, norm):
+        return norm.track_running_stats and super().is_fixed(norm)
+
+
+class _SyncBatchNormOfMMCV(NormKind):
+    """MMCV's ``MMSyncBN``."""
+
+    def is_fixed(self, norm):
+        return norm.track_running_stats and super().is_fixed(norm)
+
+    def check_input(self, norm, x):
+        pass
+
+
+class _FrozenNorm(NormKind):
+    """A ``FrozenBatchNorm2d``: four buffers, in train mode too."""
+
+    takes_half = False
+
+    def is_fixed(self, norm):
+        return True
+
+    def check_input(self, norm, x):
+        pass
+
+
+# Types of mmcv and mmdet are named, not imported: mmtune works without.
+CONV_KINDS: dict[str, ConvKind] = {
+    'torch.nn.modules.conv.Conv1d': _Convolution(),
+    'torch.nn.modules.conv.Conv2d': _Convolution(),
+    'torch.nn.modules.conv.Conv3d': _Convolution(),
+    'torch.nn.modules.conv.ConvTranspose1d': _TransposedConvolution(),
+    'torch.nn.modules.conv.ConvTranspose2d': _TransposedConvolution(),
+    'torch.nn.modules.conv.ConvTranspose3d': _TransposedConvolution(),
+    'torch.nn.modules.linear.Linear': _Linear(),
+    'mmcv.cnn.bricks.wrappers.Conv2d': _Convolution(),
+    'mmcv.cnn.bricks.wrappers.Conv3d': _Convolution(),
+    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': _TransposedConvolution(),
+    'mmcv.cnn.bricks.wrappers.ConvTranspose3d': _TransposedConvolution(),
+    'mmcv.cnn.bricks.wrappers.Linear': _Linear(),
+    'mmcv.cnn.bricks.conv2d_adaptive_padding.Conv2dAdaptivePadding':
+    _PaddedConvolution(),
+    'mmcv.cnn.bricks.conv_ws.ConvWS2d': _StandardizedConvolution(),
+    'mmcv.cnn.bricks.conv_ws.ConvAWS2d': _AdaptiveStandardizedConvolution(),
+    'mmdet.models.backbones.trident_resnet.TridentConv': _Trident(),
+    'mmcv.ops.deform_conv.DeformConv2d': _DeformableConvolution(),
+    'mmcv.ops.deform_conv.DeformConv2dPack': _DeformableConvolution(),
+    'mmcv.ops.modulated_deform_conv.ModulatedDeformConv2d': ConvKind(),
+    'mmcv.ops.modulated_deform_conv.ModulatedDeformConv2dPack': ConvKind(),
+}
+NORM_KINDS: dict[str, NormKind] = {
+    'torch.nn.modules.batchnorm._BatchNorm': _BatchNorm(),
+    'torch.nn.modules.batchnorm.SyncBatchNorm': _BatchNorm(),
+    'torch.nn.modules.instancenorm._InstanceNorm': _InstanceNorm(),
+    'mmcv.ops.sync_bn.SyncBatchNorm': _SyncBatchNormOfMMCV(),
+}
+
+Kind = TypeVar('Kind', ConvKind, NormKind)
+
+
+def conv_kind(conv_type: type) -> ConvKind | None:
+    """Look up the kind of a convolution.
+
+    A subclass counts as the nearest known type that it derives from as long
+    as it runs that type's code, unchanged.
+
+    Args:
+        conv_type (type): Class of the module.
+
+    Returns:
+        ConvKind | None: None for anything that must run as it is.
+    """
+    kind, known = _known(conv_type, CONV_KINDS)
+    same = _same_code(conv_type, known, '__call__', 'forward',
+                      '_conv_forward', '_output_padding', '_get_weight')
+    return kind if same else None
+
+
+def norm_kind(norm: nn.Module, norm_type: type) -> NormKind | None:
+    """Look up the kind of a normalization.
+
+    Subclasses count as for :func:`conv_kind`. A ``FrozenBatchNorm2d`` needs
+    no entry: it is known by its buffers, and by what it computes.
+
+    Args:
+        norm (nn.Module): The module.
+        norm_type (type): Its class, or the one to take for it.
+
+    Returns:
+        NormKind | None: None for anything that must run as it is.
+    """
+    kind, known = _known(norm_type, NORM_KINDS)
+    if kind is None and _is_frozen_norm(norm):
+        return _FROZEN_NORM
+    return kind if _same_code(norm_type, known, '__call__',
+                              'forward') else None
+
+
+def _known(cls: type,
+           kinds: dict[str, Kind]) -> tuple[Kind | None, type | None]:
+    """The nearest class with a kind that a class derives from."""
+    for known in cls.__mro__:
+        kind = kinds.get(f'{known.__module__}.{known.__qualname__}')
+        if kind is not None:
+            return kind, known
+    return None, None
+
+
+def _same_code(cls: type, known: type | None, *names: str) -> bool:
+    return all(
+        getattr(cls, name, None) is getattr(known, name, None)
+        for name in names)
+
+
+_FROZEN_NORM = _FrozenNorm()
+_FROZEN_BUFFERS = {'weight', 'bias', 'running_mean', 'running_var'}
+
+
+def _is_frozen_norm(norm: nn.Module) -> bool:
+    """Whether this is what torchvision and detectron2 call frozen.
+
+    Several projects have a class of that name, with or without ``eps``: it
+    has to compute the formula, here with a variance as small as ``eps``.
+    """
+    if ('FrozenBatchNorm' not in type(norm).__name__ or norm._parameters
+            or set(norm._buffers) - {'num_batches_tracked'} != _FROZEN_BUFFERS
+            or not isinstance(getattr(norm, 'eps', None), float)
+            or 'forward' in vars(norm)):
+        return False
+    probe = copy.deepcopy(norm).to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    channels = norm.running_mean.numel()
+    values = torch.rand(6, channels, generator=generator, dtype=torch.float64)
+    weight, bias, mean, var, *x = values
+    var = var * norm.eps
+    probe._buffers.update(
+        weight=weight, bias=bias, running_mean=mean, running_var=var)
+    x = torch.stack(x).view(2, channels, 1, 1)
+    expected = F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
+    with torch.no_grad():
+        actual = probe(x)
+    return torch.allclose(actual, expected, rtol=1e-10)
+
+
+def looks_like_conv(module: nn.Module) -> bool:
+    """Whether a module is some convolution, be it of a known kind or not."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return True
+    # Not `module.weight`: asking for it may make it anew.
+    return 'conv' in type(module).__name__.lower() and (
+        'weight' in module._parameters or 'weight' in vars(module)
+        or hasattr(type(module), 'weight'))

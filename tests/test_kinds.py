@@ -1,0 +1,402 @@
+"""Kinds of convolutions and normalizations against stock, in float64."""
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_conv_layer
+from mmcv.ops import DeformConv2d, SyncBatchNorm
+from mmdet.models.backbones.trident_resnet import TridentConv
+from torch import nn
+
+from mmtune import kinds, turn_off, turn_on
+from mmtune.kinds import CONV_KINDS, ConvKind
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
+
+TRANSPOSED = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d
+}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def prepared(model):
+    """With nothing at a value that hides a mistake, as zero offsets do."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.3)
+    return randomize(model).double().eval()
+
+
+def mmcv(kind, *args, **options):
+    return build_conv_layer(dict(type=kind), *args, **options)
+
+
+class WithOffset(nn.Module):
+    """A deformable convolution whose offset another layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Conv2d(4, 18, 3, padding=1)
+        self.conv = DeformConv2d(4, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(x, self.offset(x)))
+
+
+class WithOutputSize(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(4, 6, 3, stride=2)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(x, [2 * n + 2 for n in x.shape[2:]]))
+
+
+class Trident(nn.Module):
+
+    def __init__(self, branch=-1):
+        super().__init__()
+        self.conv = TridentConv(4, 6, 3, test_branch_idx=branch)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        inputs = [x, x + 1, x * 2][:1 if self.conv.test_branch_idx == 1 else 3]
+        return [self.bn(y) for y in self.conv(inputs)]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision and detectron2 have it."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer('weight', torch.ones(channels))
+        self.register_buffer('bias', torch.zeros(channels))
+        self.register_buffer('running_mean', torch.zeros(channels))
+        self.register_buffer('running_var', torch.ones(channels))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+class OtherEps(FrozenBatchNorm2d):
+    """Of that name, but not what it computes."""
+    __qualname__ = __name__ = 'FrozenBatchNorm2d'
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 2e-5).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+class NoEps(OtherEps):
+    __qualname__ = __name__ = 'FrozenBatchNorm2d'
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        del self.eps
+
+
+def frozen(cls=FrozenBatchNorm2d):
+    norm = cls(6)
+    for buffer in norm.buffers():
+        nn.init.uniform_(buffer, .5, 2)
+    return norm
+
+
+def mmcv_sync_bn(channels):
+    """Without the process group that its constructor asks for."""
+    norm = SyncBatchNorm.__new__(SyncBatchNorm)
+    nn.Module.__init__(norm)
+    vars(norm).update(
+        vars(nn.BatchNorm2d(channels)), group=None, group_size=1,
+        stats_mode='default')
+    return norm
+
+
+SHAPE = (2, 4, 7, 7)
+CONVS = {
+    **{
+        f'transposed {dim}d {name}': (lambda cls=cls, options=options: cls(
+            4, 6, 3, **options), (2, 4, *[5] * dim))
+        for dim, cls in TRANSPOSED.items()
+        for name, options in {
+            'plain': {},
+            'no bias': dict(bias=False),
+            'stride, padding': dict(stride=2, padding=1),
+            'output padding': dict(stride=2, padding=1, output_padding=1),
+            'groups': dict(groups=2, stride=2),
+            'dilation': dict(dilation=2),
+        }.items()
+    },
+    'transposed, depthwise': (lambda: nn.ConvTranspose2d(
+        6, 6, 2, stride=2, groups=6), (2, 6, 5, 5)),
+    'linear': (lambda: nn.Linear(4, 6), (5, 4)),
+    'linear, no bias': (lambda: nn.Linear(4, 6, bias=False), (5, 4)),
+    'mmcv linear': (lambda: kinds_of_mmcv('Linear')(4, 6), (5, 4)),
+    'mmcv deconv': (lambda: kinds_of_mmcv('ConvTranspose2d')(
+        4, 6, 2, stride=2), SHAPE),
+    'adaptive padding': (lambda: mmcv('Conv2dAdaptivePadding', 4, 6, 3,
+                                      stride=2), (2, 4, 8, 7)),
+    'adaptive padding, uneven': (lambda: mmcv(
+        'Conv2dAdaptivePadding', 4, 6, (5, 2), stride=(3, 1)), SHAPE),
+    'ConvWS': (lambda: mmcv('ConvWS', 4, 6, 3, padding=1), SHAPE),
+    'ConvAWS': (lambda: mmcv('ConvAWS', 4, 6, 3, padding=1, groups=2), SHAPE),
+    'DCN': (lambda: mmcv('DCN', 4, 6, 3, padding=1), SHAPE),
+    'DCN, groups': (lambda: mmcv(
+        'DCN', 4, 6, 3, padding=1, groups=2, deform_groups=2), SHAPE),
+    'DCNv2': (lambda: mmcv('DCNv2', 4, 6, 3, padding=1), SHAPE),
+    'DCNv2, no bias': (lambda: mmcv('DCNv2', 4, 6, 3, bias=False), SHAPE),
+}
+NORMS_AFTER_CONV = {
+    'InstanceNorm': (lambda: nn.InstanceNorm2d(
+        6, affine=True, track_running_stats=True), 'fused'),
+    'InstanceNorm, not affine': (lambda: nn.InstanceNorm2d(
+        6, track_running_stats=True), 'fused'),
+    'frozen': (frozen, 'fused'),
+    'MMSyncBN': (lambda: mmcv_sync_bn(6), 'fused'),
+}
+
+
+def kinds_of_mmcv(name):
+    from mmcv.cnn.bricks import wrappers
+    return getattr(wrappers, name)
+
+
+def with_norm(conv, shape):
+    norm = NORMS[max(len(shape) - 2, 1)](6)
+    return nn.Sequential(conv, norm)
+
+
+def compare(model, stock, shape, expected):
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64)
+    for _ in range(2):
+        assert_equal_steps(step(stock, x), step(model, x))
+        assert set(runs(model)) == {expected}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), stock(x))
+
+
+@pytest.mark.parametrize('build, shape', CONVS.values(), ids=CONVS)
+def test_convolution(build, shape):
+    model = prepared(with_norm(build(), shape))
+    stock = stock_copy(model)
+    report = turn_on(model)
+    assert not report.left_out
+    compare(model, stock, shape, 'fused')
+    turn_off(model)
+    assert type(model[0]) is type(stock[0])
+    model.train(), stock.train()
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+@pytest.mark.parametrize('build, shape', CONVS.values(), ids=CONVS)
+def test_convolution_runs_as_stock_where_something_is_between(build, shape):
+    model = prepared(with_norm(build(), shape))
+    stock = stock_copy(model)
+    turn_on(model)
+    for part in (model, stock):
+        part[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, ))
+    compare(model, stock, shape, 'stock')
+
+
+@pytest.mark.parametrize('build, shape', CONVS.values(), ids=CONVS)
+def test_promise_of_a_convolution_is_its_output(build, shape):
+    """Where the norm turns out to be skipped, the promise is kept."""
+
+    class Skips(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.pair = prepared(with_norm(build(), shape))
+            self.skip = False
+
+        def forward(self, x):
+            y = self.pair[0](x)
+            return y * 2 if self.skip else self.pair[1](y)
+
+    model = Skips()
+    stock = stock_copy(model)
+    turn_on(model)
+    model.skip = stock.skip = True
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+@pytest.mark.parametrize(
+    'build', [WithOffset, WithOutputSize, Trident, lambda: Trident(1)],
+    ids=['offset', 'output size', 'trident', 'trident, one branch'])
+def test_blocks(build):
+    model = prepared(build())
+    stock = stock_copy(model)
+    assert not turn_on(model).left_out
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    for _ in range(2):
+        assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused']
+
+
+@pytest.mark.parametrize(
+    'build, expected', NORMS_AFTER_CONV.values(), ids=NORMS_AFTER_CONV)
+def test_normalization(build, expected):
+    model = prepared(nn.Sequential(nn.Conv2d(4, 6, 3), build()))
+    for name in ('running_mean', 'running_var'):
+        nn.init.uniform_(getattr(model[1], name), .5, 2)
+    stock = stock_copy(model)
+    assert not turn_on(model).left_out
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    actual = step(model, x)
+    assert_equal_steps(step(stock, x), actual)
+    assert runs(model) == [expected]
+
+
+def test_frozen_norm_folds_in_train_mode():
+    model = prepared(nn.Sequential(nn.Conv2d(4, 6, 3), frozen())).train()
+    stock = stock_copy(model)
+    report = turn_on(model)
+    assert report.in_train_mode == 0
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused']
+
+
+def test_frozen_norm_is_not_half_where_stock_is_not():
+    """It has float32 buffers and multiplies by them."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), frozen())
+    stock = stock_copy(model)
+    turn_on(model)
+    x = torch.randn(SHAPE)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected, actual = stock(x), model(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize('tracks, training, expected', [
+    (True, False, ['fused', 'fused']),
+    (True, True, ['train mode', 'fused']),
+    (False, False, ['fused']),
+    (False, True, ['fused']),
+])
+def test_instance_norm_of_its_input_runs_as_stock(tracks, training, expected):
+    norm = nn.InstanceNorm2d(6, affine=True, track_running_stats=tracks)
+    model = prepared(
+        nn.Sequential(
+            nn.Conv2d(4, 6, 3), norm, nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)))
+    stock = stock_copy(model)
+    turn_on(model)
+    model[1].train(training), stock[1].train(training)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == expected
+
+
+@pytest.mark.parametrize('cls', [OtherEps, NoEps])
+def test_frozen_norm_that_computes_something_else_is_left_alone(cls):
+    model = prepared(
+        nn.Sequential(
+            nn.Conv2d(4, 6, 3), frozen(cls), nn.Conv2d(6, 6, 1),
+            nn.BatchNorm2d(6)))
+    stock = stock_copy(model)
+    turn_on(model)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert len(runs(model)) == 1
+
+
+class Doubled(nn.Module):
+    """Linear in its weight, by code that nobody has seen before."""
+    in_channels = 4
+    out_channels = 6
+    groups = 1
+    kernel_size = (3, 3)
+    stride = (1, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.bias = nn.Parameter(torch.randn(6))
+        self.gate = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x * self.gate, self.weight) * 2 + self.bias.view(
+            -1, 1, 1)
+
+
+class DoubledConv(Doubled):
+    pass
+
+
+class Squared(nn.Conv2d):
+    """A convolution by type, but not linear in its weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight**2, self.bias)
+
+
+class HiddenSquare(nn.Conv2d):
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight**2, bias)
+
+
+class SquaredCall(nn.Conv2d):
+
+    def __call__(self, x):
+        return super().__call__(x)**2
+
+
+class SquaredTransposed(nn.ConvTranspose2d):
+
+    def forward(self, x, output_size=None):
+        return super().forward(x, output_size)**2
+
+
+class SquaredLinear(nn.Linear):
+
+    def forward(self, x):
+        return super().forward(x)**2
+
+
+UNKNOWN = {
+    'forward': (lambda: Squared(4, 6, 3), 'Squared is not'),
+    '_conv_forward': (lambda: HiddenSquare(4, 6, 3), 'HiddenSquare is not'),
+    '__call__': (lambda: SquaredCall(4, 6, 3), 'comes from `pow`'),
+    'transposed': (lambda: SquaredTransposed(4, 6, 3), 'Transposed is not'),
+    'linear': (lambda: SquaredLinear(4, 6), 'SquaredLinear is not'),
+    'not registered': (DoubledConv, 'DoubledConv is not'),
+}
+
+
+@pytest.mark.parametrize('build, reason', UNKNOWN.values(), ids=UNKNOWN)
+def test_unknown_type_runs_as_stock_and_is_named(build, reason):
+    conv = build()
+    shape = (5, 4) if isinstance(conv, nn.Linear) else SHAPE
+    head = nn.Linear(6, 6) if isinstance(conv, nn.Linear) else nn.Conv2d(
+        6, 6, 1)
+    model = prepared(
+        nn.Sequential(with_norm(conv, shape), with_norm(head, shape)))
+    stock = stock_copy(model)
+    report = turn_on(model)
+    row, = report.left_out
+    assert row.bn == '0.1' and reason in row.reason
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused']
+
+
+def test_a_kind_of_ones_own(monkeypatch):
+    """As the docstring of mmtune.kinds shows."""
+    monkeypatch.setitem(CONV_KINDS, f'{__name__}.Doubled', ConvKind())
+    model = prepared(nn.Sequential(DoubledConv(), nn.BatchNorm2d(6)))
+    stock = stock_copy(model)
+    assert not turn_on(model).left_out
+    compare(model, stock, SHAPE, 'fused')
+    assert 'CONV_KINDS[' in kinds.__doc__
