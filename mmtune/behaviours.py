@@ -442,7 +442,7 @@ class FoldingNorm(HeldNorm):
             and not needs_gradient(x, *learned))
         if keeps and state.kept_fold is not None and state.kept_fold.serves(
                 made_from, self.eps, x.dtype):
-            return run_folded(x, state.kept_fold.folded, linear_map)
+            return run_folded(linear_map, x, state.kept_fold.folded)
 
         rstd, bias_delta = norm_coefficients(mean, var, self.eps)
         put_buffers(conv, rstd.view(coeff_shape), bias_delta)
@@ -453,10 +453,10 @@ class FoldingNorm(HeldNorm):
             folded = fold(*fold_from)
             return kind.run(conv, *folded, *deferred.inputs)
         if not keeps:
-            return fold_and_run(x, *fold_from, linear_map=linear_map)
+            return fold_and_run(linear_map, x, *fold_from)
         state.kept_fold = KeptFold(made_from, self.eps, fold(*fold_from),
                                    x.dtype)
-        return run_folded(x, state.kept_fold.folded, linear_map)
+        return run_folded(linear_map, x, state.kept_fold.folded)
 
     def extra_repr(self) -> str:
         """Mark the normalization in ``print(model)``."""

@@ -175,11 +175,10 @@ def fold(weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
     return folded_weight, torch.addcmul(bn_bias, shift, coeff)
 
 
-def fold_and_run(x: Tensor, weight: Tensor, bias: Tensor | None,
-                 bn_weight: Tensor | None, bn_bias: Tensor | None,
-                 rstd: Tensor, bias_delta: Tensor,
-                 coeff_shape: tuple[int, ...],
-                 linear_map: LinearMap) -> Tensor:
+def fold_and_run(linear_map: LinearMap, x: Tensor, weight: Tensor,
+                 bias: Tensor | None, bn_weight: Tensor | None,
+                 bn_bias: Tensor | None, rstd: Tensor, bias_delta: Tensor,
+                 coeff_shape: tuple[int, ...]) -> Tensor:
     """Run a convolution and a normalization with fixed statistics as one.
 
     Equal to the one followed by the other, for the output and for the
@@ -189,6 +188,7 @@ def fold_and_run(x: Tensor, weight: Tensor, bias: Tensor | None,
     ``x`` it does not keep ``x`` either.
 
     Args:
+        linear_map (LinearMap): What is done with the weight.
         x (Tensor): Shape (batch, in_channels, ...), padded beforehand where
             the padding is not with zeros. Its dtype is the one that the
             convolution runs in.
@@ -200,7 +200,6 @@ def fold_and_run(x: Tensor, weight: Tensor, bias: Tensor | None,
         rstd (Tensor): From :func:`norm_coefficients`.
         bias_delta (Tensor): From :func:`norm_coefficients`.
         coeff_shape (tuple[int, ...]): See above.
-        linear_map (LinearMap): What is done with the weight.
 
     Returns:
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
@@ -210,7 +209,7 @@ def fold_and_run(x: Tensor, weight: Tensor, bias: Tensor | None,
                                  bias_delta, coeff_shape, linear_map)
     folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
                   coeff_shape)
-    return run_folded(x, folded, linear_map)
+    return run_folded(linear_map, x, folded)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -222,14 +221,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def run_folded(x: Tensor, folded: tuple[Tensor, Tensor],
-               linear_map: LinearMap) -> Tensor:
+def run_folded(linear_map: LinearMap, x: Tensor,
+               folded: tuple[Tensor, Tensor]) -> Tensor:
     """Run a convolution with what :func:`fold` returns.
 
     Args:
+        linear_map (LinearMap): What is done with the weight.
         x (Tensor): Shape (batch, in_channels, ...).
         folded (tuple[Tensor, Tensor]): Weight and bias, of any dtype.
-        linear_map (LinearMap): What is done with the weight.
 
     Returns:
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
@@ -255,7 +254,7 @@ class _FoldAndRun(torch.autograd.Function):
                               weight, bias, bn_weight, rstd, bias_delta)
         folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
                       coeff_shape)
-        return run_folded(x, folded, linear_map)
+        return run_folded(linear_map, x, folded)
 
     @staticmethod
     def backward(

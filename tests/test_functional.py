@@ -69,8 +69,8 @@ def tuned(tensors, statistics, geometry, eps):
         statistics['running_mean'], statistics['running_var'], eps)
     weight = tensors['weight']
     coeff_shape = (weight.size(0), ) + (1, ) * (weight.dim() - 1)
-    return fold_and_run(*tensors.values(), *coefficients, coeff_shape,
-                        geometry)
+    return fold_and_run(geometry, *tensors.values(), *coefficients,
+                        coeff_shape)
 
 
 def gradients(function, case):
