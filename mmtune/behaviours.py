@@ -298,6 +298,9 @@ class NormState:
         """
         if torch.compiler.is_compiling():
             return True
+        # An activation checkpoint has to meet what its forward met.
+        if _inside_backward():
+            return self._fits_half
         on_cpu = fold_from[0].device.type == 'cpu'
         if on_cpu or self._half_folds % HALF_CHECK_INTERVAL == 0:
             limit = torch.finfo(torch.float16).max / HALF_MARGIN

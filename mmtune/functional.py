@@ -52,10 +52,11 @@ class Convolution(NamedTuple):
         return torch.convolution(x, weight, bias, *self)
 
     def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
-                  out_channels: int, mask: tuple[bool, bool, bool]) -> tuple:
-        """Give the gradients of what :meth:`run` takes, None where masked."""
-        return torch.ops.aten.convolution_backward(
-            grad_output, x, weight, [out_channels], *self, mask)
+                  needs_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Give the gradients of the input, where it is needed, and weight."""
+        return torch.ops.aten.convolution_backward(grad_output, x, weight,
+                                                   None, *self,
+                                                   (needs_x, True, False))[:2]
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor,
                        input_shape: torch.Size) -> Tensor:
@@ -90,11 +91,10 @@ class Product:
         return torch.addmm(bias, x, weight.t())
 
     def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
-                  out_channels: int, mask: tuple[bool, bool, bool]) -> tuple:
+                  needs_x: bool) -> tuple[Tensor | None, Tensor]:
         """See :meth:`Convolution.gradients`."""
-        return (grad_output.mm(weight) if mask[0] else None,
-                grad_output.t().mm(x) if mask[1] else None,
-                grad_output.sum(0) if mask[2] else None)
+        return (grad_output.mm(weight) if needs_x else None,
+                grad_output.t().mm(x))
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor,
                        input_shape: torch.Size) -> Tensor:
@@ -266,19 +266,14 @@ class _FoldAndRun(torch.autograd.Function):
         coeff = _scale(bn_weight, rstd)
         folded_weight = _fold_weight(weight, coeff, coeff_shape).to(
             grad_output.dtype)
-        needs_sum = needs_bias or needs_scale or needs_shift
-        # In half precision the kernel would round the sum.
-        kernel_sums = x is not None and grad_output.dtype == coeff.dtype
 
         # The gradients that a plain convolution with the folded weight has;
         # those of the folded tensors still lack the chain through the fold.
         grad_x = grad_folded_weight = None
         grad_folded_bias: Any = None
         if x is not None:
-            grad_x, grad_folded_weight, grad_folded_bias = \
-                ctx.linear_map.gradients(
-                    grad_output, x, folded_weight, coeff.numel(),
-                    (needs_x, True, needs_sum and kernel_sums))
+            grad_x, grad_folded_weight = ctx.linear_map.gradients(
+                grad_output, x, folded_weight, needs_x)
             grad_folded_weight = _by_group(
                 grad_folded_weight.to(coeff.dtype), coeff_shape)
         elif needs_x:
@@ -286,7 +281,8 @@ class _FoldAndRun(torch.autograd.Function):
                                                    ctx.input_shape)
         # Else its memory would be held through the rest, at the peak.
         del folded_weight
-        if needs_sum and not kernel_sums:
+        if needs_bias or needs_scale or needs_shift:
+            # The convolution's kernel would sum less exactly.
             grad_folded_bias = grad_output.sum(
                 (0, *range(2, grad_output.dim())), dtype=coeff.dtype)
 

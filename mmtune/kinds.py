@@ -392,8 +392,9 @@ class _BatchNorm(NormKind):
             return None
         norm._check_input_dim(x)
         weight, bias, mean, var = self.tensors(norm)
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.,
-                                norm.eps, torch.backends.cudnn.enabled)
+        return torch.batch_norm(x, weight, bias, mean, var, False,
+                                norm.momentum or 0., norm.eps,
+                                torch.backends.cudnn.enabled)
 
 
 class _InstanceNorm(NormKind):

@@ -2,6 +2,7 @@
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def _start(rank, world_size, port, function, args, init, results):
     # What the fixtures of tests/conftest.py do does not reach here.
     behaviours.SMALL_MAP = behaviours.SMALL_SHARE = 0
     if init:
-        dist.init_process_group('gloo')
+        # A deadlock is to end the test.
+        dist.init_process_group('gloo', timeout=timedelta(seconds=60))
     try:
         results[rank] = function(rank, *args)
     finally:

@@ -771,3 +771,47 @@ def test_settings_of_a_parametrized_convolution_changed_in_between(x):
     turn_on(block)
     block.way = stock.way = 'branches'
     assert_equal_steps(step(stock, x), step(block, x))
+
+
+# Channels in, channels out, kernel, stride and the size of the input: around
+# SMALL_MAP elements of output, and around SMALL_SHARE of the weight.
+SIZES = {
+    'smallest map': (8, 8, 1, 1, 4, 'small'),
+    'below': (8, 8, 1, 1, 22, 'small'),
+    'at least': (8, 8, 1, 1, 23, 'fused'),
+    'fewer channels out': (32, 8, 1, 1, 20, 'small'),
+    'more channels out': (8, 32, 1, 1, 12, 'fused'),
+    'stride': (8, 8, 1, 2, 44, 'small'),
+    'large weight': (256, 1024, 3, 1, 5, 'small'),
+    'large weight, large map': (256, 1024, 3, 1, 6, 'fused'),
+}
+
+
+@pytest.mark.small_maps
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
+def test_small_maps_run_as_stock(sizes):
+    in_channels, out_channels, kernel, stride, size, expected = sizes
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel, stride, padding=kernel // 2)
+    model = randomize(nn.Sequential(conv, nn.BatchNorm2d(out_channels)))
+    model.double().eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    x = torch.randn(1, in_channels, size, size, dtype=torch.float64)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == [expected]
+    model.train(), stock.train()
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['train mode']
+
+
+@pytest.mark.small_maps
+def test_small_and_large_maps_in_turn():
+    model = randomize(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).double().eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    for size, expected in ((8, 'small'), (64, 'fused'), (8, 'small')):
+        x = torch.randn(2, 3, size, size, dtype=torch.float64)
+        assert_equal_steps(step(stock, x), step(model, x))
+        assert runs(model) == [expected]
