@@ -63,7 +63,14 @@ setup(
             'pycocotools',
             'rich',
         ],
-        'tests': ['hypothesis', 'packaging', 'pytest'],
+        'tests': [
+            'hypothesis',
+            'onnx',
+            'onnxscript',
+            'packaging',
+            'pytest',
+            'tensorboard',
+        ],
         'lint': ['mypy', 'ruff'],
     },
     cmdclass={'build_py': BuildWithMim})

@@ -55,8 +55,9 @@ BUFFERS = ('weight_coeff', 'bias_delta')
 SMALL_MAP = 4096
 SMALL_SHARE = 1 / 64
 
-# How much a folded weight may grow before it overflows float16, and how many
-# folds may pass before it is looked at again.
+# How much a folded weight may change before it leaves float16's range, where
+# numbers overflow or lose their digits, and how many folds may pass before it
+# is looked at again.
 HALF_MARGIN = 16
 HALF_CHECK_INTERVAL = 64
 
@@ -284,7 +285,7 @@ class NormState:
         self._half_folds = 0
 
     def fits_half(self, fold_from: tuple) -> bool:
-        """Whether float16 can hold a folded weight and bias.
+        """Whether float16 can hold a folded weight and bias well.
 
         On other devices than the CPU, which would have to wait for the
         answer, it is asked now and then: hence the margin.
@@ -303,12 +304,19 @@ class NormState:
             return self._fits_half
         on_cpu = fold_from[0].device.type == 'cpu'
         if on_cpu or self._half_folds % HALF_CHECK_INTERVAL == 0:
-            limit = torch.finfo(torch.float16).max / HALF_MARGIN
             with torch.no_grad():
-                self._fits_half = all(
-                    bool(t.abs().amax() <= limit) for t in fold(*fold_from))
+                self._fits_half = _fits_half(*fold(*fold_from))
         self._half_folds += 1
         return self._fits_half
+
+
+def _fits_half(weight: Tensor, bias: Tensor) -> bool:
+    info = torch.finfo(torch.float16)
+    low, high = info.tiny * HALF_MARGIN, info.max / HALF_MARGIN
+    largest = float(weight.abs().amax())
+    return (float(bias.abs().amax()) <= high
+            # Zeros are what they are: gamma starts as zero in places.
+            and (largest == 0 or low <= largest <= high))
 
 
 class BlockScope(nn.Module):
@@ -505,6 +513,9 @@ def put_buffers(conv: nn.Module, weight_coeff: Tensor,
             weight.
         bias_delta (Tensor): ``-mean``, shape (out_channels,).
     """
+    if torch.compiler.is_exporting():
+        # An exported program would go on to write them.
+        return
     values = (weight_coeff, bias_delta)
     buffers = [conv._buffers.get(name) for name in BUFFERS]
     if all(buffer is not None and buffer.shape == value.shape
