@@ -389,11 +389,9 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         state.kind = norm_kind(norm, stock_type(norm))
         state.deferrals.append(conv._tune_deferral)
         add_behaviour(norm, FoldingNorm, _tune_state=state)
-        conv_path, norm_path = (
-            tuple(name.removeprefix(f'{match.block}.').split('.'))
-            for name in (match.conv, match.norm))
         scopes.setdefault(block, []).append(
-            Pair(conv, norm, conv_path, norm_path))
+            Pair(conv, norm, tuple(match.conv_path.split('.')),
+                 tuple(match.norm_path.split('.'))))
     for block, pairs in scopes.items():
         own_option = vars(block).get(OWN_OPTION)
         add_behaviour(block, BlockScope, _tune_pairs=tuple(pairs))

@@ -326,12 +326,14 @@ class BlockScope(nn.Module):
 
     @staticmethod
     def wrap_forward(stock_forward: Callable) -> Callable:
-        """Make a forward with the stock signature."""
+        """Make a method with the stock signature."""
 
         @functools.wraps(stock_forward)
         def forward(self, *args, **kwargs):
             thread = _thread()
             outer = _RUNS.get(thread)
+            if outer is not None and outer.block is self:
+                return stock_forward(self, *args, **kwargs)
             run = _RUNS[thread] = BlockRun(self, outer)
             try:
                 output = stock_forward(self, *args, **kwargs)

@@ -5,6 +5,7 @@ before the stock class. Everything that a behaviour keeps in a module is an
 attribute whose name starts with ``_tune_``.
 """
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
@@ -34,8 +35,24 @@ def _type_with(behaviour: Any, stock: Any) -> Any:
         # What a lazy module turns into keeps the behaviour.
         body['cls_to_become'] = _type_with(behaviour, initialized)
     if hasattr(behaviour, 'wrap_forward'):
-        body['forward'] = behaviour.wrap_forward(stock.forward)
+        body.update({
+            name: behaviour.wrap_forward(getattr(stock, name))
+            for name in _forwards(stock)
+        })
     return type(stock.__name__, (behaviour, stock), body)
+
+
+def _forwards(stock: Any) -> list[str]:
+    """Methods by which a module may be run: `rfp_forward`, `forward_single`.
+
+    Some callers use one of these in the place of `forward`.
+    """
+    return [
+        name for name in dir(stock)
+        if (name.startswith('forward') or name.endswith('_forward'))
+        and not name.startswith('_')
+        and inspect.isfunction(inspect.getattr_static(stock, name))
+    ]
 
 
 def _reduce(self, protocol):

@@ -40,6 +40,8 @@ class Match(NamedTuple):
         block (str): The module whose forward calls the two.
         conv (str): The convolution.
         norm (str): The normalization.
+        conv_path (str): What the block calls the convolution.
+        norm_path (str): What the block calls the normalization.
         sole (bool): Whether both are called once in all forwards traced,
             and no trace had to guess a branch: the pair may then be folded
             for good.
@@ -48,6 +50,8 @@ class Match(NamedTuple):
     block: str
     conv: str
     norm: str
+    conv_path: str
+    norm_path: str
     sole: bool
 
 
@@ -112,8 +116,9 @@ class _Search:
         self.names = {m: name for name, m in model.named_modules()}
         # Dicts for their order.
         self.norms = {m: None for root in roots for m in norms_of(root)}
-        # By block, convolution and norm: whether there was only one way.
-        self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], bool] = {}
+        # By block, convolution and norm: what the block calls the two, and
+        # whether there was only one way.
+        self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], tuple] = {}
         self.reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
         self.calls: Counter[nn.Module] = Counter()
 
@@ -137,19 +142,22 @@ class _Search:
 
     def _read_norm(self, block: nn.Module, norm: nn.Module, node: fx.Node,
                    exact: bool) -> None:
-        conv, reason = _producer(block, node)
+        conv_path, reason = _producer(block, node)
+        conv = None if conv_path is None else block.get_submodule(conv_path)
         if conv is not None and reason is None:
-            self.pairs.setdefault((block, conv, norm), exact)
+            self.pairs.setdefault((block, conv, norm),
+                                  (conv_path, node.target, exact))
         elif reason is not None:
             self.reasons[norm] = (conv, reason)
 
     def result(self) -> Matches:
         """The pairs found, and the normalizations that are in none."""
         pairs = []
-        for (block, conv, norm), exact in self.pairs.items():
+        for modules, (conv_path, norm_path, exact) in self.pairs.items():
+            _, conv, norm = modules
             sole = exact and self.calls[conv] == self.calls[norm] == 1
             pairs.append(
-                Match(self.names[block], self.names[conv], self.names[norm],
+                Match(*map(self.names.get, modules), conv_path, norm_path,
                       sole))
         paired = {norm for *_, norm in self.pairs}
         left_out = []
@@ -190,7 +198,7 @@ def _call_sites(block: nn.Module,
 
 def _producer(
         block: nn.Module,
-        node: fx.Node) -> tuple[nn.Module | None, str | None]:
+        node: fx.Node) -> tuple[str | None, str | None]:
     """The convolution before a normalization, and why they are no pair."""
     norm = block.get_submodule(node.target)
     inputs = [*node.args, *node.kwargs.values()]
@@ -211,17 +219,17 @@ def _producer(
                       f'{source.target!r} ({stock_type(conv).__name__})')
     reason = _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
     if reason is not None:
-        return conv, reason
+        return source.target, reason
     if others:
-        return conv, ('the output of the convolution also goes to '
-                      f'{_describe(others[0])}')
+        return source.target, ('the output of the convolution also goes to '
+                               f'{_describe(others[0])}')
     between = source.next
     while between is not node:
         if not _changes_nothing(block, between):
-            return conv, (f'{_describe(between)} runs between the '
-                          'convolution and the BN')
+            return source.target, (f'{_describe(between)} runs between '
+                                   'the convolution and the BN')
         between = between.next
-    return conv, None
+    return source.target, None
 
 
 def _gives_list(block: nn.Module, node: fx.Node) -> bool:

@@ -815,3 +815,69 @@ def test_small_and_large_maps_in_turn():
         x = torch.randn(2, 3, size, size, dtype=torch.float64)
         assert_equal_steps(step(stock, x), step(model, x))
         assert runs(model) == [expected]
+
+
+def shared_between_blocks():
+    conv = nn.Conv2d(3, 3, 1)
+    return nn.Sequential(*(nn.Sequential(conv, nn.BatchNorm2d(3))
+                           for _ in range(3)))
+
+
+def pair_in_two_blocks():
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    return nn.Sequential(nn.Sequential(conv, norm), nn.ReLU(),
+                         nn.Sequential(conv, norm))
+
+
+class OtherEntry(nn.Module):
+    """Calls a block by another method than its forward."""
+
+    class Block(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.bn = nn.BatchNorm2d(3)
+
+        @staticmethod
+        def forward_nothing(x):
+            return x
+
+        def forward_conv(self, x):
+            return self.conv(self.forward_nothing(x))
+
+        def forward(self, x):
+            return self.bn(self.forward_conv(x))
+
+        def rfp_forward(self, x, feature):
+            return self.bn(self.conv(x)) + feature
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x):
+        return self.block.rfp_forward(self.block(x), x)
+
+
+@pytest.mark.parametrize('build, count', [(shared_between_blocks, 3),
+                                          (pair_in_two_blocks, 1),
+                                          (OtherEntry, 1)])
+def test_every_way_to_a_pair_is_fused(build, count, x):
+    torch.manual_seed(0)
+    model = randomize(build()).double().eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    with CountNorms() as counter:
+        assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused'] * count
+    # The stock model's own.
+    assert counter.count == count + (build is not shared_between_blocks)
+
+
+class CountNorms(torch.utils._python_dispatch.TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 'batch_norm' in str(func) and 'backward' not in str(func)
+        return func(*args, **(kwargs or {}))
