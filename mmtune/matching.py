@@ -153,12 +153,12 @@ class _Search:
     def result(self) -> Matches:
         """The pairs found, and the normalizations that are in none."""
         pairs = []
-        for modules, (conv_path, norm_path, exact) in self.pairs.items():
-            _, conv, norm = modules
+        for (block, conv, norm), found in self.pairs.items():
+            conv_path, norm_path, exact = found
             sole = exact and self.calls[conv] == self.calls[norm] == 1
             pairs.append(
-                Match(*map(self.names.get, modules), conv_path, norm_path,
-                      sole))
+                Match(self.names[block], self.names[conv], self.names[norm],
+                      conv_path, norm_path, sole))
         paired = {norm for *_, norm in self.pairs}
         left_out = []
         for norm in self.norms:
