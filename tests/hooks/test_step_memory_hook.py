@@ -1,0 +1,106 @@
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from tensorboard.backend.event_processing.event_accumulator import (
+    EventAccumulator,
+)
+
+from mmtune.analysis import peak_bytes
+from mmtune.hooks import StepMemoryHook
+from tests import toy
+
+MIB = 2**20
+# Outputs of the blocks of the toy's backbone, for its batch of two.
+SPARED = 4 * 2 * (8 * 6 * 6 + 8 * 4 * 4)
+
+
+def hooks(interval):
+    return [
+        dict(type='RecordHook'),
+        dict(type='mmtune.StepMemoryHook', interval=interval)
+    ]
+
+
+def history(runner, name):
+    return runner.message_hub.get_scalar(f'train/{name}').data[0]
+
+
+@pytest.mark.parametrize('tune', [True, False])
+@pytest.mark.parametrize('interval, steps', [(3, [0, 2, 5]), (1, range(8))])
+def test_measures_each_interval(interval, steps, tune, tmp_path):
+    options = dict(
+        default_hooks=toy.TUNE,
+        efficient_conv_bn_eval=dict(modules=['backbone'])) if tune else {}
+    runner = toy.build_runner(
+        tmp_path, custom_hooks=hooks(interval), **options)
+    runner.train()
+    assert len(history(runner, 'peak_memory')) == len(steps)
+    assert set(history(runner, 'spared_memory')) == {
+        SPARED / MIB if tune else 0
+    }
+    plain = toy.build_runner(tmp_path, **options)
+    plain.train()
+    assert toy.losses(runner) == toy.losses(plain)
+
+
+def test_peak_is_that_of_the_step(tmp_path):
+    runner = toy.build_runner(
+        tmp_path,
+        custom_hooks=hooks(1),
+        train_cfg=dict(by_epoch=True, max_epochs=1))
+    runner.train()
+    wrapper = runner.optim_wrapper
+    for data in runner.train_dataloader:
+        with peak_bytes() as memory:
+            runner.model.train_step(data, wrapper)
+    assert history(runner, 'peak_memory')[-1] == pytest.approx(
+        memory.peak / MIB)
+
+
+def test_every_backend_of_the_visualizer(tmp_path):
+    runner = toy.build_runner(
+        tmp_path,
+        custom_hooks=hooks(1),
+        default_hooks=dict(toy.TUNE, logger=dict(
+            type='LoggerHook', interval=1)),
+        visualizer=dict(
+            type='Visualizer',
+            vis_backends=[dict(type='TensorboardVisBackend')]))
+    runner.train()
+    assert 'peak_memory: ' in toy.logged(runner)
+    folder = next(tmp_path.rglob('events.out.tfevents.*')).parent
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ('peak_memory', 'spared_memory'):
+        values = [event.value for event in events.Scalars(name)]
+        assert len(values) == 8 and min(values) > 0
+
+
+@HOOKS.register_module()
+class FailOnceHook(Hook):
+    """Lets the model raise in its first step."""
+
+    def before_run(self, runner):
+        forward = runner.model.forward
+
+        def fail(*args, **kwargs):
+            runner.model.forward = forward
+            raise RuntimeError('the first step fails')
+
+        runner.model.forward = fail
+
+
+def test_a_step_that_raises_leaves_nothing_behind(tmp_path):
+    runner = toy.build_runner(
+        tmp_path,
+        custom_hooks=[dict(type='FailOnceHook'), *hooks(1)])
+    with pytest.raises(RuntimeError, match='the first step fails'):
+        runner.train()
+    assert 'train_step' not in vars(runner.model)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+@pytest.mark.parametrize('interval', [0, -1, 2.5, '10', None])
+def test_mistakes(interval):
+    with pytest.raises(ValueError, match='`interval` must be a positive'):
+        StepMemoryHook(interval)
