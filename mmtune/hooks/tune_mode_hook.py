@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmtune.api import FoldedNorm, keep_folds, latest_runs, turn_on
@@ -16,7 +16,7 @@ from mmtune.registry import HOOKS
 __all__ = ['TuneModeHook']
 
 CONFIG_KEY = 'efficient_conv_bn_eval'
-OPTIONS = ('modules', 'mode', 'norm_eval')
+OPTIONS = ('modules', 'mode', 'norm_eval', 'begin')
 
 
 @HOOKS.register_module()
@@ -39,6 +39,11 @@ class TuneModeHook(Hook):
             what the key says, or else ``'Tune'``.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
             None.
+        begin (int, optional): Epoch, counted from 0, from which BatchNorms
+            are held in eval mode, so that their blocks are cheaper from then
+            on; before, the modules run as in the config. For training from
+            scratch, where statistics have to settle first. Defaults to None:
+            nothing is changed in mid-run.
 
     Example:
         >>> default_hooks = dict(
@@ -52,9 +57,12 @@ class TuneModeHook(Hook):
     def __init__(self,
                  modules: str | Sequence[str] | None = None,
                  mode: str | None = None,
-                 norm_eval: bool | None = None) -> None:
+                 norm_eval: bool | None = None,
+                 begin: int | None = None) -> None:
         self.arguments = dict(
-            zip(OPTIONS, (modules, mode, norm_eval)))
+            zip(OPTIONS, (modules, mode, norm_eval, begin)))
+        # What to turn on with held BatchNorms, and at which epoch.
+        self._to_begin: tuple[dict, int] | None = None
         self._key_in_config: Any = None
         self._pending_deploy: dict | None = None
         self._reported = False
@@ -73,6 +81,10 @@ class TuneModeHook(Hook):
         self._epoch.close()
         _check_sole(runner)
         options = self._options(runner)
+        begin = options.pop('begin', None)
+        if begin is not None:
+            _check_begin(runner, begin, options)
+            self._to_begin = dict(options, norm_eval=True), begin
         if options['mode'].lower() != 'deploy':
             self._turn_on(runner, options)
         elif not _is_deployed(runner):
@@ -147,7 +159,8 @@ class TuneModeHook(Hook):
         """
         if not self._reported:
             self._reported = True
-            _log_runs(runner, _unwrapped(runner.model))
+            _log_runs(runner, _unwrapped(runner.model),
+                      expect_folds=self._to_begin is None)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Fold once for the whole epoch, in which nothing changes.
@@ -179,12 +192,17 @@ class TuneModeHook(Hook):
         self._epoch.close()
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """End a validation that an error has cut short.
+        """Hold the BatchNorms, where it is time to.
 
         Args:
             runner (Runner): The runner of the training process.
         """
+        # A validation that an error has cut short.
         self._epoch.close()
+        if self._to_begin is not None and runner.epoch >= self._to_begin[1]:
+            self._turn_on(runner, self._to_begin[0])
+            self._to_begin = None
+            self._reported = False
 
     def _options(self, runner: Runner) -> dict:
         key = runner.cfg.get(CONFIG_KEY)
@@ -245,6 +263,22 @@ def _check_sole(runner: Runner) -> None:
             '`default_hooks` or the one in `custom_hooks`')
 
 
+def _check_begin(runner: Runner, begin: Any, options: dict) -> None:
+    if not isinstance(begin, int) or begin < 0:
+        raise ValueError('`begin` must be an epoch, counted from 0, but got '
+                         f'{begin!r}')
+    if options['mode'].lower() != 'tune' or options.get('norm_eval'):
+        raise ValueError(
+            "`begin` goes with mode 'Tune' and holds BatchNorms by itself, "
+            f'but got mode={options["mode"]!r} and '
+            f'norm_eval={options.get("norm_eval")!r}')
+    # Not `runner.train_loop`, which would build one for a validation.
+    if isinstance(runner._train_loop, IterBasedTrainLoop):
+        raise ValueError(
+            '`begin` counts epochs, but the run has an IterBasedTrainLoop; '
+            'use train_cfg=dict(by_epoch=True, max_epochs=...)')
+
+
 def _check_can_deploy(runner: Runner) -> None:
     if getattr(runner, '_resume', False):
         raise ValueError(
@@ -257,7 +291,7 @@ def _check_can_deploy(runner: Runner) -> None:
 
 
 @master_only
-def _log_runs(runner: Runner, model: nn.Module) -> None:
+def _log_runs(runner: Runner, model: nn.Module, expect_folds: bool) -> None:
     runs = latest_runs(model)
     if not runs:
         return
@@ -266,7 +300,7 @@ def _log_runs(runner: Runner, model: nn.Module) -> None:
         'Blocks in the first iteration: ' +
         ', '.join(f'{count} {how}' for how, count in counts.most_common()))
     in_train_mode = [name for name, how in runs.items() if how == 'train mode']
-    if in_train_mode:
+    if in_train_mode and expect_folds:
         runner.logger.warning(
             f'{len(in_train_mode)} of {len(runs)} blocks ran as stock since '
             'their BatchNorm is in train mode, which Tune mode cannot make '

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -160,7 +162,7 @@ def test_norm_eval_by_key(tmp_path):
 WRONG = {
     'typo in a name': ('bakbone', {}, "no submodule 'bakbone'"),
     'typo in an option': (dict(modul=['backbone']), {},
-                          'takes modules, mode, norm_eval, but got modul'),
+                          'takes modules, mode, norm_eval, begin, but got modul'),
     'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
     'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),
@@ -360,3 +362,64 @@ def test_deploy_checkpoint_is_loaded_folded(tmp_path):
         tmp_path / 'c', validate=True, default_hooks=TUNE, load_from=path)
     with pytest.raises(ValueError, match="written in mode 'Deploy'"):
         runner.val()
+
+
+class NormModesHook(Hook):
+    """Notes after each iteration which BNs of the backbone are held."""
+
+    def __init__(self):
+        self.training, self.runs = [], []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None,
+                         outputs=None):
+        self.training.append(runner.model.backbone[1].training)
+        self.runs.append(latest_runs(runner.model)['backbone.1'])
+
+
+@pytest.mark.parametrize('begin', [0, 1, 2])
+def test_begin_holds_bns_from_an_epoch_on(begin, tmp_path):
+    def run(name, **options):
+        runner = toy.build_runner(
+            tmp_path / name,
+            model=dict(type='ToyClassifier', norm_eval=False), **options)
+        modes = NormModesHook()
+        if options:
+            runner.register_hook(modes)
+        runner.train()
+        return runner, modes
+
+    runner, modes = run(
+        'tune',
+        default_hooks=toy.TUNE,
+        efficient_conv_bn_eval=dict(modules=['backbone'], begin=begin))
+    iterations = 4
+    before = iterations * begin
+    assert modes.training == ([True] * before + [False] * 8)[:8]
+    assert modes.runs == (['train mode'] * before + ['fused'] * 8)[:8]
+    stock, _ = run('stock')
+    np.testing.assert_allclose(
+        toy.losses(runner)[:before], toy.losses(stock)[:before], rtol=1e-6)
+    assert 'ran as stock since' not in toy.logged(runner)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(begin=-1), '`begin` must be an epoch'),
+    (dict(begin='1'), '`begin` must be an epoch'),
+    (dict(begin=1, norm_eval=True), 'holds BatchNorms by itself'),
+    (dict(begin=1, mode='Deploy'), "goes with mode 'Tune'"),
+])
+def test_mistakes_about_begin(options, message, tmp_path):
+    runner = toy.build_runner(
+        tmp_path, default_hooks=toy.TUNE, efficient_conv_bn_eval=options)
+    with pytest.raises(ValueError, match=message):
+        runner.train()
+
+
+def test_begin_asks_for_epochs(tmp_path):
+    runner = toy.build_runner(
+        tmp_path,
+        default_hooks=toy.TUNE,
+        efficient_conv_bn_eval=dict(begin=1),
+        train_cfg=dict(by_epoch=False, max_iters=4))
+    with pytest.raises(ValueError, match='IterBasedTrainLoop'):
+        runner.train()
