@@ -162,7 +162,7 @@ def test_norm_eval_by_key(tmp_path):
 WRONG = {
     'typo in a name': ('bakbone', {}, "no submodule 'bakbone'"),
     'typo in an option': (dict(modul=['backbone']), {},
-                          'takes modules, mode, norm_eval, begin, but got modul'),
+                          'norm_eval, begin, but got modul'),
     'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
     'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),

@@ -1,0 +1,310 @@
+"""tools/analysis_tools, run on real configs and on plain models."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmcv
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmtune.analysis.sources import build_model, load_config
+from tests.oracle import randomize
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools/analysis_tools'
+CONFIGS = ROOT / 'configs'
+RETINANET = CONFIGS / 'retinanet/retinanet_r50_fpn_tune-1x_coco.py'
+FASTER_RCNN = CONFIGS / 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+RTMDET = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+DETECTORS = 'mmdet::detectors/detectors_cascade-rcnn_r50_1x_coco.py'
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a tool in an empty folder; returns its JSON and what it printed."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        path = TOOLS / f'{name}.py'
+        command = [path.name, *arguments, '--json', 'out/found.json']
+        monkeypatch.setattr(sys, 'argv', list(map(str, command)))
+        spec = importlib.util.spec_from_file_location(name, path)
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        tool.main()
+        return (json.loads(Path('out/found.json').read_text()),
+                capsys.readouterr().out)
+
+    return run
+
+
+def trained(config, path):
+    """Save the vectors of a config's model as if it had been trained."""
+    model = randomize(build_model(load_config(str(config))))
+    # Without the weights, which are large.
+    state_dict = {k: v for k, v in model.state_dict().items() if v.dim() < 2}
+    torch.save(dict(state_dict=state_dict), path)
+    return state_dict
+
+
+def scales(state_dict, eps=1e-5):
+    """|gamma| / sqrt(var + eps) of every BatchNorm in a state dict."""
+    return {
+        key.removesuffix('.running_var'):
+        (state_dict[key.replace('running_var', 'weight')].double()
+         / (variance.double() + eps).sqrt()).abs()
+        for key, variance in state_dict.items()
+        if key.endswith('.running_var')
+    }
+
+
+def is_picture(path):
+    return mmcv.imread(str(path)).std() > 10
+
+
+# ----------------------------------------------------------------------------
+# inspect_conv_bn.py
+# ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('config, runs, learning', [
+    (RETINANET, {'Tune': 53}, {'Tune': 42}),
+    (FASTER_RCNN, {'Tune': 53}, {'Tune': 42}),
+    (RTMDET, {'BN trains': 76}, {'BN trains': 76}),
+    (DETECTORS, {'Tune': 80, 'left out': 26}, {'Tune': 58, 'left out': 26}),
+], ids=['RetinaNet', 'Faster R-CNN', 'RTMDet', 'DetectoRS'])
+def test_inspect_a_config(run, config, runs, learning):
+    found, shown = run('inspect_conv_bn', config, '--plot', 'plots/blocks.png')
+    assert found['totals']['runs'] == runs
+    assert found['totals']['learning'] == learning
+    assert found['totals']['blocks'] == len(found['blocks'])
+    assert is_picture('plots/blocks.png')
+    stock = build_model(load_config(str(config)))
+    norms = {
+        name: module
+        for name, module in stock.named_modules()
+        if isinstance(module, _BatchNorm)
+    }
+    assert sorted(row['bn'] for row in found['blocks']) == sorted(norms)
+    for row in found['blocks']:
+        norm, conv = norms[row['bn']], stock.get_submodule(row['conv'])
+        assert row['out_channels'] == norm.num_features
+        assert row['bn_is_fixed'] == (not norm.training)
+        assert row['weight'] == dict(
+            shape=list(conv.weight.shape),
+            dtype='float32',
+            learns=conv.weight.requires_grad)
+        assert row['beta']['shape'] == [norm.num_features]
+        assert row['bn'] in shown and row['reason'] in shown
+
+
+def test_inspect_says_why_a_block_is_left_out(run):
+    found, shown = run('inspect_conv_bn', DETECTORS)
+    reason, = found['totals']['left_out']
+    assert 'SAConv2d' in reason
+    assert f'26 left out: {reason}' in shown
+
+
+def test_inspect_what_the_config_tunes(run):
+    found, _ = run('inspect_conv_bn', RETINANET)
+    assert found['options'] == dict(modules=['backbone'])
+    found, _ = run('inspect_conv_bn', RETINANET, '--modules',
+                   'backbone.layer4')
+    assert found['totals']['runs'] == {'Tune': 10}
+
+
+def test_inspect_a_plain_model_of_this_folder(run, tmp_path):
+    (tmp_path / 'plain_net.py').write_text(
+        'from torch import nn\n'
+        'def net():\n'
+        '    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False),\n'
+        '                         nn.BatchNorm2d(4))\n')
+    found, shown = run('inspect_conv_bn', '--model', 'plain_net:net')
+    row, = found['blocks']
+    assert row['bias'] is None and row['runs'] == 'BN trains'
+    assert 'norm_eval=True' in shown
+
+
+@pytest.mark.parametrize('tool, expected', [
+    ('inspect_conv_bn', '1 block in Tune mode'),
+    ('diagnose_checkpoint', '100.0% do not step too far'),
+])
+def test_plain_models_need_torch_alone(tool, expected, tmp_path):
+    (tmp_path / 'net.py').write_text(
+        'from torch import nn\n'
+        'def net():\n'
+        '    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))\n'
+        '    model[1].running_var.fill_(4)\n'
+        '    return model\n')
+    # None in the place of a module makes its import fail.
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import sys\n'
+        'for name in ("mmcv", "mmdet", "mmengine", "rich", "matplotlib"):\n'
+        '    sys.modules[name] = None\n')
+    result = subprocess.run(
+        [sys.executable, str(TOOLS / f'{tool}.py'), '--model', 'net:net'],
+        cwd=tmp_path,
+        env=dict(
+            os.environ,
+            PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}',
+            OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True)
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
+    assert 'Look for blocks ...' in result.stderr
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    (['nowhere.py'], FileNotFoundError, 'nowhere.py'),
+    (['--model', 'torch.nn:Convolution'], ValueError, "'Convolution'"),
+    (['--model', 'torch.nn:Identity'], ValueError, 'nothing to put into Tune'),
+    ([RETINANET, '--modules', 'backbne'], ValueError, "'backbne'"),
+])
+def test_inspect_what_is_not_there(run, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run('inspect_conv_bn', *arguments)
+
+
+@pytest.mark.parametrize('tool, arguments, message', [
+    ('inspect_conv_bn', [], 'either a config or --model'),
+    ('inspect_conv_bn', ['a.py', '--model', 'm:c'], 'either a config or'),
+    ('diagnose_checkpoint', ['a.pth'], 'neither eps nor the order'),
+    ('diagnose_checkpoint', [], 'neither eps nor the order'),
+    ('diagnose_checkpoint', ['a.py', '--config', 'b.py'], 'one config'),
+    ('diagnose_checkpoint', ['a.py', '--model', 'm:c'], 'either a config or'),
+])
+def test_arguments_that_do_not_go_together(run, capsys, tool, arguments,
+                                           message):
+    with pytest.raises(SystemExit):
+        run(tool, *arguments)
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------
+# diagnose_checkpoint.py
+# ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('config, optimizer, lr, frozen, left_out', [
+    (RETINANET, 'SGD', .01, 11, 0),
+    (FASTER_RCNN, 'SGD', .02, 11, 0),
+    # Its head has one convolution for three BatchNorms.
+    (RTMDET, 'Adam', .004, 0, 12),
+], ids=['RetinaNet', 'Faster R-CNN', 'RTMDet'])
+def test_diagnose_a_checkpoint(run, config, optimizer, lr, frozen, left_out):
+    expected = scales(trained(config, 'trained.pth'))
+    found, shown = run('diagnose_checkpoint', 'trained.pth', '--config',
+                       config, '--plot', 'plots/scales.png')
+    assert (found['optimizer'], found['lr']) == (optimizer, lr)
+    assert sum(found['not_counted'].values()) == frozen
+    assert sum(found['left_out'].values()) == left_out
+    assert len(found['blocks']) + frozen + left_out == len(expected)
+    for row in found['blocks']:
+        coeff = expected[row['bn']]
+        assert row['channels'] == len(coeff)
+        assert row['coeff']['min'] == pytest.approx(coeff.min().item())
+        assert row['coeff']['max'] == pytest.approx(coeff.max().item())
+        assert row['gamma_learns']
+        assert row['bn'] in shown
+    coeff = torch.cat([expected[row['bn']] for row in found['blocks']])
+    assert found['total']['channels'] == len(coeff)
+    power = dict(SGD=2, Adam=1)[optimizer]
+    too_far = (coeff**-power > 10).double().mean().item()
+    assert 0 < too_far < 1
+    assert found['total']['at_same_lr']['faster'] == pytest.approx(too_far)
+    bound = 10 * coeff.min().item()**power
+    assert found['total']['limits'][0]['lr'] == pytest.approx(bound)
+    assert f'{bound * lr:.3g}' in shown
+    assert is_picture('plots/scales.png')
+
+
+def test_diagnose_the_weights_that_a_config_starts_from(run, tmp_path):
+    backbone = dict(type='ResNet', depth=18, norm_eval=True)
+    weights = str(tmp_path / 'backbone.pth')
+    (tmp_path / 'stock.py').write_text(
+        f'default_scope = "mmdet"\nmodel = {backbone!r}\n')
+    expected = scales(trained(tmp_path / 'stock.py', weights))
+    pretrained = dict(type='Pretrained', checkpoint=weights)
+    (tmp_path / 'config.py').write_text(
+        f'_base_ = "stock.py"\nmodel = dict(init_cfg={pretrained!r})\n')
+    (tmp_path / 'loading.py').write_text(
+        f'_base_ = "stock.py"\nload_from = {weights!r}\n')
+    for name in ('config.py', 'loading.py'):
+        found, _ = run('diagnose_checkpoint', name)
+        assert found['optimizer'] == 'SGD' and found['lr'] is None
+        assert len(found['blocks']) == len(expected) == 20
+        coeff = torch.cat(list(expected.values()))
+        assert found['total']['coeff']['min'] == pytest.approx(
+            coeff.min().item())
+
+
+def test_diagnose_a_plain_model_and_its_checkpoint(run, tmp_path):
+    (tmp_path / 'other_net.py').write_text(
+        'from torch import nn\n'
+        'def net():\n'
+        '    return nn.Sequential(\n'
+        '        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1.),\n'
+        '        nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))\n')
+    torch.save({
+        '1.weight': torch.tensor([.5, -1., 0., 2.]),
+        '1.running_var': torch.full((4, ), 3.),
+    }, 'weights.pth')
+    found, shown = run('diagnose_checkpoint', 'weights.pth', '--model',
+                       'other_net:net', '--factor', '15', '--lr', '0.1',
+                       '--plot', 'scales.png')
+    row, = found['blocks']
+    assert (row['coeff']['min'], row['coeff']['max']) == (0, 1)
+    assert row['zeros'] == 1
+    assert row['at_same_lr'] == dict(slower=0, within=.5, faster=.5)
+    assert row['limits'][0] == dict(share=1, lr=0)
+    assert '2 channels, 1 of them at rest in Tune mode' in shown
+    assert '2 of the 2 tensors in weights.pth fit the model' in shown
+    assert found['not_counted'] == {
+        'its statistics are those of a new BatchNorm': 1
+    }
+    assert is_picture('scales.png')
+
+
+def test_diagnose_with_a_config_of_classes(run, tmp_path):
+    (tmp_path / 'config.py').write_text(
+        'from mmdet.models.backbones.resnet import ResNet\n'
+        'from torch.optim import AdamW\n'
+        'model = dict(type=ResNet, depth=18)\n'
+        'optim_wrapper = dict(optimizer=dict(type=AdamW, lr=1e-4))\n')
+    trained('config.py', 'trained.pth')
+    found, _ = run('diagnose_checkpoint', 'trained.pth', '--config',
+                   'config.py')
+    assert (found['optimizer'], found['lr']) == ('Adam', 1e-4)
+
+
+def test_diagnose_another_optimizer(run, tmp_path):
+    (tmp_path / 'config.py').write_text(
+        'default_scope = "mmdet"\n'
+        'model = dict(type="ResNet", depth=18)\n'
+        'optim_wrapper = dict(optimizer=dict(type="Lion", lr=1e-4))\n')
+    trained('config.py', 'trained.pth')
+    command = ['diagnose_checkpoint', 'trained.pth', '--config', 'config.py']
+    with pytest.raises(ValueError, match='trains with Lion.*--optimizer SGD'):
+        run(*command)
+    found, _ = run(*command, '--optimizer', 'Adam')
+    assert (found['optimizer'], found['lr']) == ('Adam', 1e-4)
+
+
+def test_diagnose_a_model_that_deploy_cannot_fold(run):
+    torch.save({'backbone.bn1.running_var': torch.ones(64)}, 'a.pth')
+    with pytest.raises(
+            ValueError, match='into Deploy mode.*80 x ConvAWS2d makes a w'):
+        run('diagnose_checkpoint', 'a.pth', '--config', DETECTORS)
+
+
+def test_diagnose_a_checkpoint_without_statistics(run):
+    torch.save({'backbone.conv1.weight': torch.ones(64, 3, 7, 7)}, 'a.pth')
+    with pytest.raises(
+            ValueError, match='no block to diagnose: .*those of a new Batch'):
+        run('diagnose_checkpoint', 'a.pth', '--config', RETINANET)
