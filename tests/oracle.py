@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -36,22 +37,24 @@ def leaves(output) -> list:
 
 
 def step(model: nn.Module,
-         x: Tensor,
+         x: Tensor | tuple,
          call: Callable | None = None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of input and parameters, by name.
+    """Outputs, and the gradients of inputs and parameters, by name.
 
     The loss weighs every output value differently, so that no error cancels.
     """
     model.zero_grad()
-    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    x = tree_map(
+        lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), x)
     outputs = leaves((call or (lambda m, x: m(x)))(model, x))
     result = {f'output {i}': out for i, out in enumerate(outputs)}
     loss = sum(
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(
             out.shape)).sum() for out in outputs)
     if loss.requires_grad:
         loss.backward()
-    result['grad of input'] = x.grad
+    result.update({f'grad of input {i}': tensor.grad
+                   for i, tensor in enumerate(leaves(x))})
     for name, parameter in model.named_parameters():
         result[f'grad of {name}'] = parameter.grad
     result.update({f'buffer {k}': v.clone()
@@ -65,9 +68,17 @@ def step(model: nn.Module,
 def assert_equal_steps(stock: dict[str, Tensor],
                        other: dict[str, Tensor],
                        tolerance: float = 1e-10) -> None:
-    """Same keys, same missing gradients, same values (relative to the
-    largest of each tensor)."""
+    """Same keys, same missing gradients, same values.
+
+    Relative to the largest of each tensor, or of the gradients of the same
+    module: that of a bias can be zero but for rounding.
+    """
     assert stock.keys() == other.keys()
+    scales: dict[str, float] = {}
+    for key, value in stock.items():
+        if value is not None and value.numel():
+            largest = float(value.double().abs().max())
+            scales[_group(key)] = max(scales.get(_group(key), 1e-3), largest)
     for key, expected in stock.items():
         actual = other[key]
         if expected is None:
@@ -79,8 +90,12 @@ def assert_equal_steps(stock: dict[str, Tensor],
         if expected.numel() == 0:
             continue
         error = (actual.double() - expected.double()).abs().max()
-        scale = expected.double().abs().max().clamp(min=1e-3)
+        scale = scales[_group(key)]
         assert error <= tolerance * scale, f'{key}: {error:.3g} of {scale:.3g}'
+
+
+def _group(key: str) -> str:
+    return key.rpartition('.')[0] if key.startswith('grad of') else key
 
 
 def stock_copy(model: nn.Module) -> nn.Module:

@@ -1,0 +1,257 @@
+"""Every backbone, neck and head of MMDetection against stock."""
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
+from torch import distributed, nn
+
+from mmtune import turn_on
+from mmtune.api import latest_runs
+from mmtune.report import Report
+from tests import zoo
+from tests.operators import BatchNormCalls
+from tests.oracle import assert_equal_steps, step
+
+# Tried in this order: some models ask for more than others.
+IMAGE_SIZES = (64, 128, 256)
+# So that no test comes near the time after which it is taken to hang.
+SHARES = 4
+
+
+@pytest.fixture(scope='module', autouse=True)
+def process_group():
+    """Without one MMCV's own SyncBN cannot be built."""
+    distributed.init_process_group(
+        'gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('role', zoo.ROLES)
+def test_sample_of_mmdet(role, subtests):
+    """Each class of module that occurs in the zoo occurs here."""
+    sweep(zoo.sample(parts('mmdet', role)), subtests)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('share', range(SHARES))
+def test_every_part_of_mmdet(share, subtests):
+    sweep(parts('mmdet', *zoo.ROLES)[share::SHARES], subtests)
+
+
+@pytest.mark.exhaustive
+def test_every_backbone_of_mmseg(subtests):
+    try:
+        zoo.registry('mmseg')
+    except ImportError as error:
+        pytest.skip(f'mmseg cannot be imported: {error}')
+    sweep(parts('mmseg', 'backbone'), subtests)
+
+
+@pytest.mark.exhaustive
+def test_what_cannot_be_had_here(subtests):
+    """Skips, with its reason, what the tests above do not sweep."""
+    for name, reason in zoo.collect('mmdet').missing.items():
+        with subtests.test(name):
+            pytest.skip(reason)
+
+
+def parts(package, *roles):
+    return [p for p in zoo.collect(package).normalized if p.role in roles]
+
+
+def sweep(parts, subtests):
+    """Compare each part with stock, and count what is fused in all."""
+    eligible, left = 0, []
+    for part in parts:
+        with subtests.test(str(part)):
+            of_part, left_of_part = compare(part)
+            eligible += of_part
+            left += left_of_part
+        gc.collect()  # modules, graphs and tracebacks refer to each other
+    fused = eligible - len(left)
+    summary = (f'{fused} of {eligible} eligible calls are fused in '
+               f'{len(parts)} models')
+    print(summary)
+    assert eligible
+    if fused < 0.99 * eligible:
+        pytest.fail('\n'.join([f'{summary}, all but', *left]))
+
+
+def compare(part):
+    """Compare a part with stock: outputs, gradients, and what is fused.
+
+    Returns:
+        tuple[int, list[str]]: How many calls are eligible, and those of them
+        that are not fused, each with the reason that mmtune gives.
+    """
+    stock, model = zoo.build(part), zoo.build(part)
+    report = turn_on_if_any(model)
+    expected, before, args = first_step(part, stock)
+    actual, after = watched_step(model, args)
+    assert all(value.isfinite().all() for value in expected.values()
+               if value is not None)
+    assert_equal_steps(expected, actual)
+    eligible = before.eligible
+    fused = before.convolved - after.convolved
+    assert fused <= eligible
+    check_account(stock, model, report, eligible, fused)
+    reasons = {row.bn: row.reason for row in report.rows}
+    return eligible.total(), [
+        f'{part}: {name} ({reasons.get(name, "nothing is turned on")})'
+        for name in (eligible - fused).elements()
+    ]
+
+
+def turn_on_if_any(model):
+    try:
+        return turn_on(model, norm_eval=True)
+    except ValueError as error:
+        assert 'There is nothing to put into Tune mode' in str(error)
+        return Report('Tune')
+
+
+def first_step(part, model):
+    """A step at the smallest image that the model takes."""
+    for size in IMAGE_SIZES:
+        args = zoo.inputs(part, model, size)
+        try:
+            return *watched_step(model, args), args
+        except (RuntimeError, ValueError) as error:
+            reason = error
+    raise reason
+
+
+def watched_step(model, args):
+    calls = BatchNormCalls(model)
+    torch.manual_seed(2)  # for the paths that it drops
+    result = step(model, args, lambda _, args: calls.run(*args))
+    return result, calls
+
+
+def check_account(stock, model, report, eligible, fused):
+    """What mmtune says of itself is what was counted."""
+    says = {k for k, ran in latest_runs(model).items() if ran == 'fused'}
+    assert says == {k for k in eligible if fused[k] == eligible[k]}
+    assert says <= {row.bn for row in report.rewritten}
+    if report.rows:
+        assert {row.bn for row in report.rows} == zoo.norms(stock).keys()
+    assert all(row.reason for row in report.left_out)
+
+
+# --------------------------------------------------------------------------
+# The count itself, where the truth is known
+# --------------------------------------------------------------------------
+
+
+class TwoReaders(nn.Module):
+    """The normalization is not all that sees the convolution."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.second = second
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y), self.second(y)
+
+
+class AfterSum(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x) + x)
+
+
+class SharedConv(nn.Module):
+    """A normalization for each level, as in RTMDet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        return [bn(self.conv(x)) for bn in self.bns]
+
+
+def sequence(*layers):
+    return nn.Sequential(*layers)
+
+
+IMAGE = (2, 3, 8, 8)
+# name: model, shape of its input, eligible calls, calls after a convolution
+COUNTS = {
+    'conv and BN': (sequence(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), IMAGE,
+                    {'1': 1}, {'1': 1}),
+    'Conv1d': (sequence(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), (2, 3, 8),
+               {'1': 1}, {'1': 1}),
+    'Conv3d': (sequence(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)),
+               (2, 3, 8, 8, 8), {'1': 1}, {'1': 1}),
+    'transposed': (sequence(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)),
+                   IMAGE, {'1': 1}, {'1': 1}),
+    'Linear': (sequence(nn.Linear(3, 4), nn.BatchNorm1d(4)), (2, 3),
+               {'1': 1}, {'1': 1}),
+    'Linear without bias': (sequence(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)), (2, 3), {'1': 1},
+                            {'1': 1}),
+    'deformable': (sequence(
+        DeformConv2dPack(3, 4, 3), nn.BatchNorm2d(4)), IMAGE, {'1': 1},
+                   {'1': 1}),
+    'modulated': (sequence(
+        ModulatedDeformConv2dPack(3, 4, 3), nn.BatchNorm2d(4)), IMAGE,
+                  {'1': 1}, {'1': 1}),
+    'BN alone': (sequence(nn.BatchNorm2d(3)), IMAGE, {}, {}),
+    'BN after BN': (sequence(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), IMAGE,
+                    {'1': 1}, {'1': 1}),
+    'BN after ReLU': (sequence(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)), IMAGE, {}, {}),
+    'BN after ReLU in place': (sequence(
+        nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)), IMAGE,
+                               {}, {'2': 1}),
+    'BN after a sum': (AfterSum(), IMAGE, {}, {}),
+    'another reader': (TwoReaders(nn.ReLU()), IMAGE, {}, {'bn': 1}),
+    'a reader in an extension': (TwoReaders(DeformConv2dPack(3, 3, 1)),
+                                 IMAGE, {}, {'bn': 1}),
+    'output of the model': (TwoReaders(nn.Identity()), IMAGE, {}, {'bn': 1}),
+    'a BN for each level': (SharedConv(), IMAGE,
+                            {f'bns.{i}': 1 for i in range(3)},
+                            {f'bns.{i}': 1 for i in range(3)}),
+    'without statistics': (sequence(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+                           IMAGE, {}, {}),
+}
+
+
+@pytest.mark.parametrize('case', COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize('grad', [False, True])
+def test_counts_operators(case, grad):
+    model, shape, eligible, convolved = case
+    calls = BatchNormCalls(model.eval())
+    with torch.set_grad_enabled(grad):
+        calls.run(torch.randn(shape))
+    assert calls.eligible == Counter(eligible)
+    assert calls.convolved == Counter(convolved)
+
+
+def test_counts_each_call():
+    bn = nn.BatchNorm2d(3)
+    model = sequence(nn.Conv2d(3, 3, 1), bn, nn.Conv2d(3, 3, 1), bn).eval()
+    calls = BatchNormCalls(model)
+    calls.run(torch.randn(IMAGE))
+    assert calls.eligible == Counter({'1': 2})
+
+
+def test_counts_nothing_in_train_mode():
+    model = sequence(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    calls = BatchNormCalls(model)
+    calls.run(torch.randn(IMAGE))
+    assert not calls.convolved
