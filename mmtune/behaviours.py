@@ -51,7 +51,7 @@ BUFFERS = ('weight_coeff', 'bias_delta')
 # spares backward one feature map and the normalization's passes over it. Where
 # the map has fewer elements than this, or than this share of the weight, the
 # stock modules take less time, and what they keep does not count
-# (tests/benchmarks/small_kernels.py).
+# (docs/en/cost.md).
 SMALL_MAP = 4096
 SMALL_SHARE = 1 / 64
 
