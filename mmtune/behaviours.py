@@ -50,10 +50,10 @@ BUFFERS = ('weight_coeff', 'bias_delta')
 # A fold costs some twenty short operations and ten passes over the weight; it
 # spares backward one feature map and the normalization's passes over it. Where
 # the map has fewer elements than this, or than this share of the weight, the
-# stock modules take less time, and what they keep does not count
-# (docs/en/cost.md).
-SMALL_MAP = 4096
-SMALL_SHARE = 1 / 64
+# stock modules take less time. The largest values by which the backbones of
+# docs/en/cost.md still keep at most 1.01 times what Deploy keeps.
+SMALL_MAP = 65536
+SMALL_SHARE = 1 / 8
 
 # How much a folded weight may change before it leaves float16's range, where
 # numbers overflow or lose their digits, and how many folds may pass before it

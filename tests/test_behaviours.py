@@ -777,13 +777,13 @@ def test_settings_of_a_parametrized_convolution_changed_in_between(x):
 # SMALL_MAP elements of output, and around SMALL_SHARE of the weight.
 SIZES = {
     'smallest map': (8, 8, 1, 1, 4, 'small'),
-    'below': (8, 8, 1, 1, 22, 'small'),
-    'at least': (8, 8, 1, 1, 23, 'fused'),
-    'fewer channels out': (32, 8, 1, 1, 20, 'small'),
-    'more channels out': (8, 32, 1, 1, 12, 'fused'),
-    'stride': (8, 8, 1, 2, 44, 'small'),
-    'large weight': (256, 1024, 3, 1, 5, 'small'),
-    'large weight, large map': (256, 1024, 3, 1, 6, 'fused'),
+    'below': (8, 8, 1, 1, 90, 'small'),
+    'at least': (8, 8, 1, 1, 91, 'fused'),
+    'fewer channels out': (32, 8, 1, 1, 80, 'small'),
+    'more channels out': (8, 32, 1, 1, 46, 'fused'),
+    'stride': (8, 8, 1, 2, 180, 'small'),
+    'large weight': (128, 1024, 3, 1, 11, 'small'),
+    'large weight, large map': (128, 1024, 3, 1, 12, 'fused'),
 }
 
 
@@ -811,7 +811,7 @@ def test_small_and_large_maps_in_turn():
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).double().eval()
     stock = stock_copy(model)
     turn_on(model)
-    for size, expected in ((8, 'small'), (64, 'fused'), (8, 'small')):
+    for size, expected in ((8, 'small'), (96, 'fused'), (8, 'small')):
         x = torch.randn(2, 3, size, size, dtype=torch.float64)
         assert_equal_steps(step(stock, x), step(model, x))
         assert runs(model) == [expected]
