@@ -16,7 +16,6 @@ from mmtune.behaviours import (
     HeldNorm,
     NormState,
     Pair,
-    least_input,
     put_buffers,
 )
 from mmtune.class_swap import (
@@ -166,12 +165,12 @@ def keep_folds(model: nn.Module) -> Iterator[None]:
     ]
     before = [state.keeps_fold for state in states]
     for state in states:
-        state.keeps_fold, state.kept_fold = True, None
+        state.keep_folds(True)
     try:
         yield
     finally:
         for state, kept in zip(states, before):
-            state.keeps_fold, state.kept_fold = kept, None
+            state.keep_folds(kept)
 
 
 def latest_runs(model: nn.Module) -> dict[str, str]:
@@ -415,7 +414,7 @@ def _defer(name: str, conv: nn.Module, norm: nn.Module) -> None:
     add_behaviour(
         conv,
         DeferringConv,
-        _tune_deferral=Deferral(name, kind, least_input(conv, kind)))
+        _tune_deferral=Deferral(name, kind, conv))
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from mmtune.kinds import ConvKind
 
 __all__ = [
     'BUFFERS', 'BlockScope', 'Deferral', 'DeferringConv', 'FoldingNorm',
-    'HeldNorm', 'NormState', 'Pair', 'least_input', 'put_buffers'
+    'HeldNorm', 'NormState', 'Pair', 'put_buffers'
 ]
 
 BUFFERS = ('weight_coeff', 'bias_delta')
@@ -172,6 +172,8 @@ class Deferral:
         kind (ConvKind): How the convolution runs.
         least_input (int): From how many elements of its input on the
             convolution is not small.
+        least_kept (int): The same where the fold costs nothing.
+        keeps_fold (bool): Whether the normalization keeps it.
         small (bool): Whether the latest call was not worth a fold.
         deferred (bool): Whether the latest call in a forward deferred, or
             could have.
@@ -179,17 +181,21 @@ class Deferral:
             convolution was seen to call the normalization as well.
     """
 
-    def __init__(self, name: str, kind: ConvKind, least_input: int) -> None:
+    def __init__(self, name: str, kind: ConvKind, conv: nn.Module) -> None:
         self.name = name
         self.kind = kind
-        self.least_input = least_input
+        self.least_input = _least_input(conv, kind, SMALL_SHARE)
+        self.least_kept = _least_input(conv, kind, 0)
+        self.keeps_fold = False
         self.small = False
         self.deferred = False
         self.stays_inside = False
 
     def is_small(self, x: Any) -> bool:
         """Whether the stock modules are cheaper for a call of now."""
-        self.small = isinstance(x, Tensor) and x.numel() < self.least_input
+        kept = self.keeps_fold and not torch.is_grad_enabled()
+        least = self.least_kept if kept else self.least_input
+        self.small = isinstance(x, Tensor) and x.numel() < least
         return self.small
 
     def run_of_call(self, conv: nn.Module) -> BlockRun | None:
@@ -210,21 +216,15 @@ class Deferral:
         return run if self.deferred else None
 
 
-def least_input(conv: nn.Module, kind: ConvKind) -> int:
-    """Give the size of input below which a fold does not pay.
+def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
+    """From how many elements of its input on a convolution is not small.
 
-    Args:
-        conv (nn.Module): A convolution.
-        kind (ConvKind): Of the convolution.
-
-    Returns:
-        int: In elements; 0 for a convolution that does not know its channels
-        yet.
+    0 for one that does not know its channels yet.
     """
     weight_size = math.prod(kind.shape(conv))
     if weight_size == 0:
         return 0
-    map_size = max(SMALL_MAP, SMALL_SHARE * weight_size)
+    map_size = max(SMALL_MAP, share * weight_size)
     return math.ceil(map_size / kind.outputs_per_input(conv))
 
 
@@ -283,6 +283,12 @@ class NormState:
         self.kept_fold: KeptFold | None = None
         self._fits_half = True
         self._half_folds = 0
+
+    def keep_folds(self, keeps: bool) -> None:
+        """Begin or cease to keep folds; either way none is left."""
+        self.keeps_fold, self.kept_fold = keeps, None
+        for deferral in self.deferrals:
+            deferral.keeps_fold = keeps
 
     def fits_half(self, fold_from: tuple) -> bool:
         """Whether float16 can hold a folded weight and bias well.

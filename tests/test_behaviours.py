@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
+from mmtune.api import keep_folds
 from mmtune.deferred import settle
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
@@ -803,6 +804,26 @@ def test_small_maps_run_as_stock(sizes):
     model.train(), stock.train()
     assert_equal_steps(step(stock, x), step(model, x))
     assert runs(model) == ['train mode']
+
+
+@pytest.mark.small_maps
+@pytest.mark.parametrize('size, expected', [(7, 'small'), (8, 'fused')])
+def test_a_kept_fold_costs_nothing_however_large_the_weight(size, expected):
+    model = randomize(
+        nn.Sequential(
+            nn.Conv2d(512, 1024, 3, padding=1),
+            nn.BatchNorm2d(1024))).double().eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    x = torch.randn(1, 512, size, size, dtype=torch.float64)
+    with torch.no_grad(), keep_folds(model):
+        torch.testing.assert_close(model(x), stock(x))
+        assert runs(model) == [expected]
+    model(x)
+    assert runs(model) == ['small']
+    with keep_folds(model):
+        model(x)  # for a gradient
+        assert runs(model) == ['small']
 
 
 @pytest.mark.small_maps

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -156,11 +157,10 @@ def registry(package: str) -> Registry:
 
 
 def _skeleton(part: Part) -> nn.Module:
-    try:
-        with torch.device('meta'):
-            return _module(part)
-    except RuntimeError:  # its constructor reads from a tensor
-        return _module(part).to('meta')
+    # Constructors read the rates of dropped paths from such a tensor.
+    linspace = functools.partial(torch.linspace, device='cpu')
+    with torch.device('meta'), mock.patch('torch.linspace', linspace):
+        return _module(part)
 
 
 def _module(part: Part) -> nn.Module:
