@@ -44,23 +44,28 @@ def test_every_part_of_mmdet(share, subtests):
 
 @pytest.mark.exhaustive
 def test_every_backbone_of_mmseg(subtests):
-    try:
-        zoo.registry('mmseg')
-    except ImportError as error:
-        pytest.skip(f'mmseg cannot be imported: {error}')
     sweep(parts('mmseg', 'backbone'), subtests)
 
 
 @pytest.mark.exhaustive
-def test_what_cannot_be_had_here(subtests):
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+def test_what_cannot_be_had_here(package, subtests):
     """Skips, with its reason, what the tests above do not sweep."""
-    for name, reason in zoo.collect('mmdet').missing.items():
+    for name, reason in collect(package).missing.items():
         with subtests.test(name):
             pytest.skip(reason)
 
 
+def collect(package):
+    try:
+        zoo.registry(package)
+    except ImportError as error:
+        pytest.skip(f'{package} cannot be imported: {error}')
+    return zoo.collect(package)
+
+
 def parts(package, *roles):
-    return [p for p in zoo.collect(package).normalized if p.role in roles]
+    return [p for p in collect(package).normalized if p.role in roles]
 
 
 def sweep(parts, subtests):
