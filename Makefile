@@ -7,7 +7,7 @@ PYTHON ?= python3
 # Threads that wait by spinning starve those of another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo test test-all reproduce lint clean
 
 env:
 	@$(PYTHON) requirements/install.py
@@ -20,6 +20,10 @@ test: env
 
 test-all: env
 	.venv/bin/python -m pytest
+
+# Measures every figure of docs/en/reproduction.md anew.
+reproduce: env
+	.venv/bin/python tools/reproduce.py
 
 lint: env
 	.venv/bin/ruff check

@@ -69,6 +69,7 @@ setup(
             'onnxscript',
             'packaging',
             'pytest',
+            'scikit-learn',
             'tensorboard',
         ],
         'lint': ['mypy', 'ruff'],

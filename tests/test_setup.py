@@ -204,7 +204,7 @@ def third_party_imports(folder):
 
 @pytest.mark.parametrize('folder, extras', [
     ('mmtune', ('mmdet', )),
-    ('tools', ('mmdet', )),
+    ('tools', ('mmdet', 'tests')),
     ('tests', ('mmdet', 'tests')),
 ])
 def test_imports_are_declared(folder, extras):
@@ -216,7 +216,10 @@ def test_imports_are_declared(folder, extras):
                 for extra in extras):
             declared.add(canonicalize_name(requirement.name))
     distributions = importlib.metadata.packages_distributions()
-    local = {path.stem for path in (ROOT / folder).rglob('*')}
+    local = {
+        path.stem
+        for place in (folder, 'tools') for path in (ROOT / place).rglob('*')
+    }
     undeclared = {
         name
         for name in third_party_imports(folder)

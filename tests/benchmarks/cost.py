@@ -14,10 +14,7 @@ import argparse
 import copy
 import json
 import operator
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -42,9 +39,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmtune
 from mmtune import behaviours, turn_on
 from mmtune.analysis import peak_bytes, saved_bytes
+from mmtune.analysis.machine import describe_commit, describe_machine
 from mmtune.analysis.timing import interleaved_seconds, quartiles
 from mmtune.api import keep_folds, latest_runs
 
@@ -530,38 +527,11 @@ def record_of(row: Row, ratios: Iterable[Ratio]) -> dict:
 def origin(device: str, arguments: list[str]) -> dict:
     """Describe what the figures come from: command, machine, versions."""
     script = Path(__file__).relative_to(ROOT)
+    command = shlex.join(['python', str(script), *arguments])
     return dict(
-        command=shlex.join(['python', str(script), *arguments]),
-        device='CPU' if device == 'cpu' else torch.cuda.get_device_name(),
-        cpu=cpu_model(),
-        cores=os.cpu_count(),
-        torch=torch.__version__,
-        mmtune=mmtune.__version__,
-        commit=commit())
-
-
-def cpu_model() -> str:
-    """Name the processor."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(':')[2].strip()
-                 for line in lines if line.startswith('model name')),
-                platform.processor())
-
-
-def commit() -> str | None:
-    """Name the state of the repository, if git knows it."""
-    try:
-        return subprocess.run(
-            ['git', 'describe', '--always', '--dirty'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        command=command,
+        **describe_machine(device),
+        commit=describe_commit(ROOT))
 
 
 def run_benchmark(name: str, device: str, threads: int | None,

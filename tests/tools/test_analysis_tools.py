@@ -130,11 +130,19 @@ def test_inspect_a_plain_model_of_this_folder(run, tmp_path):
     assert 'norm_eval=True' in shown
 
 
-@pytest.mark.parametrize('tool, expected', [
-    ('inspect_conv_bn', '1 block in Tune mode'),
-    ('diagnose_checkpoint', '100.0% do not step too far'),
+SMALL = ['--shape', '32', '32']
+
+
+@pytest.mark.parametrize('tool, options, expected', [
+    ('inspect_conv_bn', [], '1 block in Tune mode'),
+    ('diagnose_checkpoint', [], '100.0% do not step too far'),
+    ('benchmark_modes', [*SMALL, '--rounds', '1'], '1 folded'),
+    ('benchmark_modes', [*SMALL, '--rounds', '0'],
+     'MMEngine failed: ModuleNotFoundError'),
+    ('estimate_memory', [*SMALL, '--gpu-memory', '1GB'],
+     'fits in 0.93 GiB; the largest batch that does is'),
 ])
-def test_plain_models_need_torch_alone(tool, expected, tmp_path):
+def test_plain_models_need_torch_alone(tool, options, expected, tmp_path):
     (tmp_path / 'net.py').write_text(
         'from torch import nn\n'
         'def net():\n'
@@ -147,7 +155,8 @@ def test_plain_models_need_torch_alone(tool, expected, tmp_path):
         'for name in ("mmcv", "mmdet", "mmengine", "rich", "matplotlib"):\n'
         '    sys.modules[name] = None\n')
     result = subprocess.run(
-        [sys.executable, str(TOOLS / f'{tool}.py'), '--model', 'net:net'],
+        [sys.executable,
+         str(TOOLS / f'{tool}.py'), '--model', 'net:net', *options],
         cwd=tmp_path,
         env=dict(
             os.environ,
@@ -157,7 +166,7 @@ def test_plain_models_need_torch_alone(tool, expected, tmp_path):
         text=True)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
-    assert 'Look for blocks ...' in result.stderr
+    assert ' ...\n' in result.stderr
 
 
 @pytest.mark.parametrize('arguments, error, message', [
@@ -178,6 +187,16 @@ def test_inspect_what_is_not_there(run, arguments, error, message):
     ('diagnose_checkpoint', [], 'neither eps nor the order'),
     ('diagnose_checkpoint', ['a.py', '--config', 'b.py'], 'one config'),
     ('diagnose_checkpoint', ['a.py', '--model', 'm:c'], 'either a config or'),
+    ('benchmark_modes', [], 'either a config or --model'),
+    ('estimate_memory', ['a.py', '--model', 'm:c'], 'either a config or'),
+    ('benchmark_modes', ['a.py', '--modes', 'Trian'], "'trian'"),
+    ('benchmark_modes', ['a.py', '--rounds', '-1'], '0 or more, but got -1'),
+    ('benchmark_modes', ['a.py', '--shape', '0', '8'], "1 on, but got '0'"),
+    ('benchmark_modes', ['a.py', '--batch-size', 'two'], "but got 'two'"),
+    ('estimate_memory', ['a.py', '--batches', '1', '2'], 'three or more'),
+    ('estimate_memory', ['a.py', '--batches', '1', '2', '2'], 'got 1 2 2'),
+    *(('estimate_memory', ['a.py', '--gpu-memory', wrong], 'like 24GiB')
+      for wrong in ('24', '24G', 'GiB', '0GiB', '1.2.3GiB')),
 ])
 def test_arguments_that_do_not_go_together(run, capsys, tool, arguments,
                                            message):
@@ -308,3 +327,247 @@ def test_diagnose_a_checkpoint_without_statistics(run):
     with pytest.raises(
             ValueError, match='no block to diagnose: .*those of a new Batch'):
         run('diagnose_checkpoint', 'a.pth', '--config', RETINANET)
+
+
+# ----------------------------------------------------------------------------
+# benchmark_modes.py
+# ----------------------------------------------------------------------------
+
+MODES = ['Train', 'Eval', 'MMEngine', 'Tune', 'Deploy']
+TREES = CONFIGS / 'trees/retinanet_mobilenet-v2_fpn_tune-250i_trees.py'
+TINY = ['--shape', '64', '96', '--batch-size', '2']
+
+
+def resident(config, momenta, images):
+    """Bytes of a stock model, of its optimizer's state, of its images."""
+    model = build_model(load_config(str(config)))
+    tensors = [*model.parameters(), *model.buffers()]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    # A step is counted in a float for each of Adam's.
+    counts = 4 * len(learning) if momenta == 2 else 0
+    return (sum(tensor.nbytes for tensor in tensors)
+            + momenta * sum(p.nbytes for p in learning) + counts
+            + 4 * 3 * 64 * 96 * images)
+
+
+@pytest.mark.parametrize('config, blocks, momenta', [
+    pytest.param(RETINANET, 53, 1, marks=pytest.mark.slow),
+    pytest.param(FASTER_RCNN, 53, 1, marks=pytest.mark.slow),
+    (TREES, 52, 2),
+], ids=['RetinaNet', 'Faster R-CNN', 'trees'])
+def test_benchmark_a_config(run, config, blocks, momenta):
+    modules = ['--modules', 'backbone']
+    found, shown = run('benchmark_modes', config, *TINY, *modules, '--rounds',
+                       '1', '--plot', 'plots/modes.png')
+    modes = found['modes']
+    assert list(modes) == MODES
+    stock = modes['Eval']
+    assert stock['resident'] == resident(config, momenta, 2)
+    assert (stock['ratio'], stock['ratio_quartiles']) == (1, [1, 1])
+    assert stock['off_eval'] == dict(loss=0, gradient=0)
+    for mode, row in modes.items():
+        assert row['seconds'] > 0
+        assert mode in shown and f'{row["peak"] / 2**20:.1f}' in shown
+        if mode != 'Train':
+            assert row['off_eval']['loss'] < 1e-4
+    assert modes['Train']['off_eval']['loss'] > 1e-3
+    assert modes['Tune']['blocks'] == dict(fused=blocks)
+    assert modes['Deploy']['blocks'] == dict(folded=blocks)
+    assert modes['Deploy']['off_eval']['gradient'] is None
+    assert modes['Tune']['kept'] < min(stock['kept'],
+                                       modes['MMEngine']['kept'])
+    if config != FASTER_RCNN:
+        # Which samples a second stage draws is up to rounding.
+        assert modes['Tune']['off_eval']['gradient'] < 1e-4
+    assert is_picture('plots/modes.png')
+
+
+def test_benchmark_adversarial_examples(run):
+    found, shown = run('benchmark_modes', TREES, *TINY, '--modules',
+                       'backbone', '--modes', 'tune', 'DEPLOY', '--grad-to',
+                       'input', '--rounds', '0', '--exact', '--plot', 'a.png')
+    modes = found['modes']
+    assert list(modes) == ['Eval', 'Tune', 'Deploy']
+    for row in modes.values():
+        assert row['off_float64']['gradient'] < 1e-4
+        assert row['off_eval']['gradient'] < 1e-4
+        assert 'seconds' not in row
+    assert modes['Eval']['off_float64']['gradient'] > 0
+    # No gradient is kept for a weight, and no momentum.
+    assert modes['Eval']['resident'] == resident(TREES, 0, 2)
+    assert modes['Tune']['kept'] < modes['Deploy']['kept']
+
+
+def test_benchmark_under_autocast(run):
+    full, _ = run('benchmark_modes', TREES, *TINY, '--modes', 'tune',
+                  '--rounds', '0')
+    found, _ = run('benchmark_modes', TREES, *TINY, '--modes', 'tune',
+                   '--rounds', '0', '--amp')
+    for mode in ('Eval', 'Tune'):
+        half = found['modes'][mode]['kept'] / full['modes'][mode]['kept']
+        assert .4 < half < .8
+    assert 1e-4 < found['modes']['Tune']['off_eval']['gradient'] < .5
+
+
+@pytest.mark.slow
+def test_benchmark_goes_on_where_mmengine_fails(run, tmp_path):
+    (tmp_path / 'config.py').write_text(
+        f'_base_ = {str(RETINANET)!r}\n'
+        'model = dict(backbone=dict(depth=18, with_cp=True))\n'
+        'model.update(neck=dict(in_channels=[64, 128, 256, 512]))\n')
+    found, shown = run('benchmark_modes', 'config.py', *TINY, '--rounds', '1',
+                       '--plot', 'modes.png')
+    assert list(found['modes']) == MODES
+    assert list(found['modes']['MMEngine']) == ['failed']
+    assert 'MMEngine failed: TraceError: ' in shown
+    assert found['modules'] == ['backbone']
+    assert found['modes']['Tune']['ratio'] > 0
+    assert is_picture('modes.png')
+
+
+def test_benchmark_a_model_whose_norms_train(run):
+    found, shown = run('benchmark_modes', RTMDET, *TINY, '--modes', 'train',
+                       'tune', '--rounds', '0')
+    assert '76 of 76 BatchNorms are in train mode in a run' in shown
+    assert found['modules'] is None
+    tuned = found['modes']['Tune']
+    assert tuned['blocks'] == dict(fused=76)
+    assert tuned['off_eval']['loss'] < 1e-4
+    assert tuned['kept'] < found['modes']['Eval']['kept']
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    (['nowhere.py'], FileNotFoundError, 'nowhere.py'),
+    ([RETINANET, '--modules', 'backbne'], AttributeError, 'backbne'),
+    (['--model', 'torch.nn:Identity'], ValueError, 'no parameter'),
+])
+def test_benchmark_what_is_not_there(run, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run('benchmark_modes', *arguments, *TINY)
+
+
+# ----------------------------------------------------------------------------
+# estimate_memory.py
+# ----------------------------------------------------------------------------
+
+WIDE = (
+    'from torch import nn\n'
+    'def net(width=32):\n'
+    '    return nn.Sequential(\n'
+    '        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n'
+    '        nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n'
+    '        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 9))\n')
+
+
+@pytest.mark.parametrize('config', [
+    RETINANET,
+    pytest.param(FASTER_RCNN, marks=pytest.mark.slow),
+    RTMDET,
+], ids=['RetinaNet', 'Faster R-CNN', 'RTMDet'])
+def test_estimate_a_config(run, config):
+    found, shown = run('estimate_memory', config, '--shape', '64', '96',
+                       '--batches', '1', '2', '4', '--modes', 'tune',
+                       '--gpu-memory', '24GiB', '--plot', 'plots/memory.png')
+    assert list(found['modes']) == ['Eval', 'Tune']
+    for mode, row in found['modes'].items():
+        assert [run['batch'] for run in row['runs']] == [1, 2, 4]
+        assert row['images'] == 16 * 4 * 3 * 64 * 96
+        for measured in row['runs']:
+            assert measured['peak'] >= max(measured['kept'] - row['images'],
+                                           row['gradients'])
+            assert measured['resident'] == (
+                row['parameters'] + row['optimizer']
+                + row['images'] // 16 * measured['batch'])
+        assert f'{mode}: a batch of 16 takes' in shown
+    if config != RTMDET:
+        # Weights outweigh the maps of images so small.
+        assert not found['modes']['Eval']['is_steady']
+        assert found['modes']['Eval']['fits'] is None
+        assert 'not yet in the feature maps' in shown
+        assert 'may or may not fit in 24.00 GiB' in shown
+    assert 'no run on a GPU' in shown
+    assert is_picture('plots/memory.png')
+
+
+@pytest.mark.parametrize('amp', [[], ['--amp']])
+def test_an_estimate_is_what_is_measured(run, tmp_path, amp):
+    (tmp_path / 'wide_net.py').write_text(WIDE)
+    model = ['--model', 'wide_net:net', '--shape', '64', '64', *amp]
+    estimated, _ = run('estimate_memory', *model, '--batch-size', '12')
+    measured, _ = run('benchmark_modes', *model, '--batch-size', '12',
+                      '--rounds', '0')
+    assert list(estimated['modes']) == MODES
+    for mode, row in estimated['modes'].items():
+        assert row['is_affine'] and row['is_steady']
+        there = measured['modes'][mode]
+        total = there['peak'] + there['resident']
+        assert row['total'] == pytest.approx(total, rel=.01)
+        assert 'fits' not in row
+
+
+@pytest.mark.parametrize('limit, fits, words', [
+    ('100MiB', True, 'and fits in 0.10 GiB'),
+    ('3MB', False, 'and does not fit in 0.00 GiB'),
+])
+def test_what_fits(run, tmp_path, limit, fits, words):
+    (tmp_path / 'wide_net.py').write_text(WIDE)
+    model = ['--model', 'wide_net:net', '--shape', '64', '64']
+    found, shown = run('estimate_memory', *model, '--batch-size', '8',
+                       '--gpu-memory', limit, '--modes', 'eval', 'tune')
+    assert words in shown
+    unit = dict(MiB=2**20, MB=10**6)[limit.lstrip('0123456789')]
+    n_bytes = int(limit.rstrip('MiB')) * unit
+    assert found['gpu_memory'] == n_bytes
+    for row in found['modes'].values():
+        assert row['fits'] is fits
+        batch = row['largest_batch']
+        assert (batch >= 8) == fits
+        assert row['fixed'] + row['per_image'] * batch <= n_bytes
+        assert row['fixed'] + row['per_image'] * (batch + 2) > n_bytes
+        assert f'the largest batch that does is {batch}' in shown
+    batches = [row['largest_batch'] for row in found['modes'].values()]
+    assert batches[0] < batches[1] or not fits
+
+
+# ----------------------------------------------------------------------------
+# plot_modes.py
+# ----------------------------------------------------------------------------
+
+
+def plot(run, monkeypatch, *arguments):
+    """Run plot_modes.py, which writes no JSON."""
+    spec = importlib.util.spec_from_file_location('plot_modes',
+                                                  TOOLS / 'plot_modes.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, 'argv', ['plot_modes.py', *arguments])
+    tool.main()
+
+
+def test_plot_what_the_tools_wrote(run, monkeypatch, tmp_path):
+    (tmp_path / 'wide_net.py').write_text(WIDE)
+    model = ['--model', 'wide_net:net', '--shape', '32', '32']
+    pictures = []
+    for name, options in (('benchmark_modes', ['--rounds', '1']),
+                          ('estimate_memory', ['--gpu-memory', '1GiB'])):
+        run(name, *model, *options, '--plot', f'{name}.png')
+        Path('out/found.json').rename(f'{name}.json')
+        plot(run, monkeypatch, f'{name}.json', '--out', 'plots/alone.png')
+        pictures.append(mmcv.imread('plots/alone.png'))
+        assert (pictures[-1] == mmcv.imread(f'{name}.png')).all()
+    plot(run, monkeypatch, 'benchmark_modes.json', 'estimate_memory.json',
+         '--out', 'plots/both.png')
+    both = mmcv.imread('plots/both.png')
+    assert both.shape[0] == sum(picture.shape[0] for picture in pictures)
+
+
+@pytest.mark.parametrize('text, error, message', [
+    ('{"blocks": []}', ValueError, 'benchmark_modes.py or.*has blocks alone'),
+    ('{}', ValueError, 'has nothing alone'),
+    ('[1]', ValueError, r'has \[1\] alone'),
+    ('PNG', json.JSONDecodeError, 'Expecting value'),
+])
+def test_plot_what_no_tool_wrote(run, monkeypatch, text, error, message):
+    Path('other.json').write_text(text)
+    with pytest.raises(error, match=message):
+        plot(run, monkeypatch, 'other.json', '--out', 'a.png')

@@ -291,7 +291,8 @@ def main() -> None:
     if args.plot:
         from mmtune.analysis.plots import plot_scales
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_scales(used, args.factor, args.optimizer, args.plot)
+        plot_scales([found['coeff'] for found in blocks], args.factor,
+                    args.optimizer, args.plot)
         print(f'Wrote {args.plot}')
 
 

@@ -5,11 +5,32 @@ nothing else.
 """
 import argparse
 import contextlib
+import copy
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmtune.analysis.modes import MODES, put_in_mode, randomize_new_norms
+from mmtune.analysis.sources import (
+    build_model,
+    call_for_model,
+    load_config,
+    tune_options,
+)
+from mmtune.analysis.steps import GRADIENTS
+from mmtune.analysis.workloads import (
+    Workload,
+    detection_workload,
+    image_workload,
+)
+from mmtune.report import Report
 
 try:
     from rich.console import Console
@@ -49,6 +70,219 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sys.path.append(os.getcwd())
 
 
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the tools that take training steps.
+
+    Args:
+        parser (argparse.ArgumentParser): The parser to add them to.
+    """
+    parser.add_argument(
+        'config',
+        nargs='?',
+        help='path of the config of a detector, or such as '
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    add_arguments(parser)
+    names = [mode.lower() for mode in MODES]
+    parser.add_argument(
+        '--modes',
+        nargs='+',
+        type=str.lower,
+        choices=names,
+        default=names,
+        help='what to compare (default: all)')
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=positive,
+        default=[800, 1344],
+        metavar=('HEIGHT', 'WIDTH'),
+        help='of the images, in pixels (default: 800 1344)')
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='run under autocast: in float16 on a GPU, on a CPU in bfloat16, '
+        'which is as large')
+    parser.add_argument(
+        '--grad-to',
+        choices=GRADIENTS,
+        default='params',
+        help='what learns: the parameters, or the input, as in the search '
+        'for adversarial examples (default: %(default)s)')
+    parser.add_argument(
+        '--device',
+        choices=('cpu', 'cuda'),
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='default: here %(default)s')
+
+
+def parse_step_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and check what the steps are of.
+
+    Args:
+        parser (argparse.ArgumentParser): After :func:`add_step_arguments`.
+
+    Returns:
+        argparse.Namespace: The arguments; ``modes`` named and ordered as in
+            ``MODES``.
+    """
+    args = parser.parse_args()
+    if (args.config is None) == (args.model is None):
+        parser.error('pass either a config or --model module:callable')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda needs a GPU that torch can use, but '
+                     f'torch {torch.__version__} finds none')
+    args.modes = [mode for mode in MODES if mode.lower() in args.modes]
+    return args
+
+
+def positive(text: str) -> int:
+    """Read a number that is at least 1.
+
+    Args:
+        text (str): From the command line.
+
+    Returns:
+        int: The number.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f'must be a whole number from 1 on, but got {text!r}')
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock model, to be put into modes.
+
+    Attributes:
+        model (nn.Module): In train mode, on its device.
+        modules (list[str], optional): The submodules that it is about.
+        workload (Callable[[int], Workload]): Makes a workload of so many
+            images.
+    """
+
+    model: nn.Module
+    modules: list[str] | None
+    workload: Callable[[int], Workload]
+
+    def in_mode(self, mode: str) -> tuple[nn.Module, Report | None]:
+        """Put a copy into a mode.
+
+        Args:
+            mode (str): One of ``MODES``.
+
+        Returns:
+            tuple[nn.Module, Report | None]: The copy, and what
+                :func:`mmtune.analysis.modes.put_in_mode` returns.
+        """
+        model = copy.deepcopy(self.model)
+        return model, put_in_mode(model, mode, self.modules)
+
+
+def get_stock(args: argparse.Namespace) -> Stock:
+    """Build what the command line asks for, with weights that are random.
+
+    Args:
+        args (argparse.Namespace): From :func:`parse_step_args`.
+
+    Returns:
+        Stock: Always the same.
+    """
+    torch.manual_seed(0)
+    shape = tuple(args.shape)
+    if args.model:
+        model, modules = call_for_model(args.model), args.modules
+    else:
+        quiet_mmengine()
+        config = load_config(args.config)
+        model = build_model(config)
+        modules = args.modules or tune_options(config).get('modules')
+        if isinstance(modules, str):
+            modules = [modules]
+    randomize_new_norms(model)
+    model.to(args.device)
+
+    def workload(batch_size: int) -> Workload:
+        if args.model:
+            return image_workload(shape, batch_size, args.device)
+        return detection_workload(config, model, shape, batch_size)
+
+    return Stock(model, modules, workload)
+
+
+def say_what_trains(stock: Stock) -> None:
+    """Print where the modes differ from how the model is trained.
+
+    Args:
+        stock (Stock): As it is trained.
+    """
+    norms = [
+        module for name in stock.modules or ['']
+        for module in stock.model.get_submodule(name).modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    training = sum(norm.training for norm in norms)
+    if training:
+        print(f'{training} of {len(norms)} BatchNorms are in train mode in a '
+              'run of this model, as in Train; the other modes hold them in '
+              'eval mode (norm_eval=True)')
+
+
+def measure_modes(modes: Sequence[str],
+                  measure: Callable[[str], dict]) -> dict[str, dict]:
+    """Measure one mode after the other, Eval first.
+
+    Args:
+        modes (Sequence[str]): Names from ``MODES``.
+        measure (Callable[[str], dict]): Is called with each of them.
+
+    Returns:
+        dict[str, dict]: What was measured of each, in the order of
+            ``MODES``. Of a mode that raised, ``failed`` says what.
+
+    Raises:
+        Exception: Whatever Eval, which is stock, raises.
+    """
+    found = {}
+    for mode in ['Eval', *(mode for mode in modes if mode != 'Eval')]:
+        try:
+            found[mode] = measure(mode)
+        except Exception as error:
+            if mode == 'Eval':
+                raise
+            message = str(error).strip().partition('\n')[0]
+            found[mode] = dict(failed=f'{type(error).__name__}: {message}')
+            print(f'{mode} failed: {found[mode]["failed"]}')
+    return {mode: found[mode] for mode in MODES if mode in found}
+
+
+def describe(args: argparse.Namespace, stock: Stock) -> dict:
+    """Tell what was measured, and where.
+
+    Args:
+        args (argparse.Namespace): From :func:`parse_step_args`.
+        stock (Stock): What it was measured on.
+
+    Returns:
+        dict: Plain data.
+    """
+    name = args.device
+    if name == 'cuda':
+        name = torch.cuda.get_device_name()
+    return dict(
+        source=args.config or args.model,
+        modules=stock.modules,
+        shape=args.shape,
+        amp=args.amp,
+        grad_to=args.grad_to,
+        device=name,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__)
+
+
 def quiet_mmengine() -> None:
     """Keep MMEngine from telling how every parameter was initialized."""
     from mmengine.logging import MMLogger
@@ -86,6 +320,21 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         table.add_row(*row)
     # Into a file it should come unbroken.
     Console(width=None if sys.stdout.isatty() else 250).print(table)
+
+
+def write_plot(path: Path | None, found: dict) -> None:
+    """Draw what a tool has found, where a picture was asked for.
+
+    Args:
+        path (Path, optional): Its folder is made where there is none.
+        found (dict): What :func:`mmtune.analysis.plots.plot_steps` takes.
+    """
+    if path is None:
+        return
+    from mmtune.analysis.plots import plot_steps
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_steps([found], path)
+    print(f'Wrote {path}')
 
 
 def write_json(path: Path | None, found: dict) -> None:

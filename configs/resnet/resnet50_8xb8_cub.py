@@ -1,0 +1,1 @@
+_base_ = 'mmpretrain::resnet/resnet50_8xb8_cub.py'

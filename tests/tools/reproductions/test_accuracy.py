@@ -1,0 +1,197 @@
+"""The page on the trees: what is run, read and said, and a short run."""
+import json
+import math
+from pathlib import Path
+
+import demo
+import mmcv
+import numpy as np
+import pytest
+import torch
+from misc import download_dataset
+from mmdet.models import MobileNetV2
+from reproductions import accuracy
+
+ROOT = Path(__file__).parents[3]
+
+
+def made_up(maps=None, tune_apart=0.1, threads_apart=0.1, seeds=(0, 1, 2)):
+    """What might have come out; `maps` are those of a mode's seeds."""
+    maps = {mode: [0.1, 0.12, 0.11] for mode in accuracy.MODES} | (maps or {})
+    apart = {'Tune': tune_apart, accuracy.OTHER_THREADS: threads_apart}
+
+    def one(mode, seed, mean_ap):
+        losses = [2. + seed] + [1. + apart.get(mode, 0)] * 19
+        return dict(mode=mode, seed=seed, mAP=mean_ap, AP50=3 * mean_ap,
+                    losses=losses)
+
+    runs = [one(mode, seed, maps[mode][i])
+            for i, seed in enumerate(seeds) for mode in accuracy.MODES]
+    return dict(
+        iterations=20,
+        runs=[*runs, one(accuracy.OTHER_THREADS, seeds[0], 0.105)])
+
+
+def say(found):
+    return ' '.join(accuracy.page(found).split())
+
+
+def test_each_mode_is_what_its_name_says():
+    configs = {
+        training.mode: (training, training.load_config())
+        for training in accuracy.list_trainings(list(accuracy.MODES), (5, ))
+    }
+    for mode, (training, config) in configs.items():
+        backbone = config.model.backbone
+        assert backbone.norm_eval != mode.startswith('Train')
+        assert (backbone.init_cfg is None) == ('scratch' in mode)
+        key = config.get('efficient_conv_bn_eval')
+        assert (key.mode if key else None) == (
+            mode if mode in ('Tune', 'Deploy') else None)
+        assert config.randomness.seed == 5
+        assert training.threads == (2 if 'threads' in mode else 1)
+    assert len({training.folder for training, _ in configs.values()}) == 7
+
+
+@pytest.mark.parametrize('modes', [('Eval', 'Tune', 'Other'), ('Eval', ), ()])
+def test_modes_that_cannot_be_compared(modes):
+    with pytest.raises(ValueError, match='must hold Eval, Tune'):
+        accuracy.run(modes=modes)
+
+
+@pytest.mark.parametrize('losses, expected', [
+    ([9.] * 18 + [1., 3.], 2.),
+    ([9., 5.], 5.),
+    ([None] * 18 + [1., 3.], 2.),
+    ([9.] * 19 + [None], None),
+])
+def test_final_loss(losses, expected):
+    assert accuracy.final_loss(losses) == expected
+
+
+def test_table():
+    text = accuracy.page(made_up())
+    assert '| Tune | 0.110 ± 0.010 | 0.330 ± 0.030 |' in text
+    assert '| Eval | 0.110 ± 0.010 | 0.330 ± 0.030 | 1.000 ± 0.000 |  |' in (
+        text)
+
+
+def test_welch():
+    """Worked by hand: means 2 and 5, variances 1, so t = -3.674, df = 4."""
+    by_mode = accuracy.group(
+        made_up(dict(Tune=[1, 2, 3], Eval=[4, 5, 6]))['runs'])
+    difference, p = accuracy.compare(by_mode, 'Tune', 'Eval')
+    assert difference == -3
+    # The distribution function of t with four degrees of freedom.
+    x = 4 / (4 + 13.5)
+    assert p == pytest.approx(1 - (1 + x / 2) * math.sqrt(1 - x), rel=1e-6)
+
+
+@pytest.mark.parametrize('tune, says', [
+    ([0.11, 0.12, 0.13], 'which may be chance'),
+    ([0.31, 0.32, 0.33], 'which is hardly chance'),
+])
+def test_what_the_page_says_of_accuracies(tune, says):
+    assert f'**Tune** against Eval: +0.{tune[0] > .3 and 21 or "01"}' in say(
+        made_up(dict(Tune=tune)))
+    assert says in say(made_up(dict(Tune=tune)))
+
+
+def test_one_seed_and_equal_runs_tell_nothing():
+    assert 'cannot tell from chance' in say(made_up(seeds=(3, )))
+    equal = {mode: [0.1] * 3 for mode in accuracy.MODES}
+    assert 'cannot tell from chance' in say(made_up(equal))
+
+
+@pytest.mark.parametrize('tune, threads, says', [
+    (0.1, 0.1, 'about as far apart as'),
+    (0.1, 0.001, 'farther apart than'),
+    (0.001, 0.1, 'less far apart than'),
+])
+def test_what_the_page_says_of_rounding(tune, threads, says):
+    assert says in say(made_up(tune_apart=tune, threads_apart=threads))
+
+
+def test_a_run_that_diverges_is_shown(tmp_path):
+    found = made_up()
+    for run in found['runs']:
+        if run['mode'] in ('Deploy', accuracy.OTHER_THREADS):
+            run['losses'][-1] = None
+    text = say(found)
+    assert 'not finite in 3 runs' in text
+    assert 'cannot be compared' in text
+    accuracy.plot(found, tmp_path / 'plot.png')
+
+
+def test_plot(tmp_path):
+    accuracy.plot(made_up(), tmp_path / 'plot.png')
+    accuracy.plot(made_up(dict(Tune=[.3, .3, .3])), tmp_path / 'other.png')
+    picture = mmcv.imread(tmp_path / 'plot.png')
+    assert picture.std() > 10
+    assert (picture != mmcv.imread(tmp_path / 'other.png')).any()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder where data and weights are there, and training is short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    trees = tmp_path / 'data/trees'
+    image = np.random.default_rng(0).integers(
+        0, 255, (64, 128, 3), dtype=np.uint8)
+    windows = download_dataset.grid_windows(128, 64, 2, 1)
+    for split in ('train', 'val'):
+        download_dataset.write_crops(
+            image, np.array([[20, 10, 40, 40], [80, 10, 110, 50]]), windows,
+            1.0, trees, split)
+    download_dataset.write_checksums(trees)
+    demo.WEIGHTS.parent.mkdir()
+    torch.save(dict(state_dict=MobileNetV2().state_dict()), demo.WEIGHTS)
+    for mode, path in demo.MODES.items():
+        short = tmp_path / path.name
+        short.write_text(f'_base_ = [{str(path)!r}]\n'
+                         'train_cfg = dict(max_iters=2, val_interval=2)\n'
+                         'default_hooks = dict(checkpoint=dict(interval=2))\n')
+        monkeypatch.setitem(demo.MODES, mode, short)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_run(place, monkeypatch, capsys):
+    modes = ('Eval', 'Tune', 'Deploy')
+    found = accuracy.run(modes, seeds=(0, ))
+    shown = capsys.readouterr().out
+    assert 'Deploy, seed 0: finished' in shown
+    found = json.loads(json.dumps(found, allow_nan=False))
+    assert [run['mode'] for run in found['runs']] == [
+        *modes, accuracy.OTHER_THREADS
+    ]
+    assert all(len(run['losses']) == 2 for run in found['runs'])
+    first = [run['losses'][0] for run in found['runs']]
+    assert first == pytest.approx([first[0]] * 4, rel=1e-4)
+    assert '## Not run here' in accuracy.page(found)
+
+    # A second time everything is reused ...
+    start = accuracy.Training.start
+    monkeypatch.setattr(accuracy.Training, 'start', None)
+    assert accuracy.run(modes, seeds=(0, )) == found
+    # ... but what was lost is made anew.
+    started = []
+    monkeypatch.setattr(
+        accuracy.Training, 'start',
+        lambda training: started.append(training.mode) or start(training))
+    (accuracy.WORK_DIR / 'tune_seed-0/run.json').unlink()
+    accuracy.run(modes, seeds=(0, ))
+    assert started == ['Tune']
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / 'wrong.py'
+    config.write_text('train_cfg = dict(max_iters=2)\nmodel = dict()\n')
+    training = accuracy.Training(
+        'Eval', 0, config, {'randomness.seed': 0})
+    with pytest.raises(RuntimeError, match='(?s)Eval, seed 0 failed.*Error'):
+        accuracy.Trainer([training]).run()
+    assert not (training.folder / 'run.json').exists()

@@ -1,0 +1,165 @@
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import mmcv
+import pytest
+import torch
+from mmengine.fileio import load
+from reproductions import classification
+
+from mmtune.analysis.modes import MODES
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    """What a run finds, with few small images."""
+    with pytest.MonkeyPatch.context() as patch:
+        stock = classification.finetune_digits.load_data
+        patch.setattr(
+            classification.finetune_digits, 'load_data',
+            lambda size: [
+                torch.utils.data.TensorDataset(*part[:16])
+                for part in stock(size)
+            ])
+        found = classification.run(
+            seeds=(0, 1),
+            lrs=(1e-4, 1e-3),
+            epochs=1,
+            size=32,
+            batch_size=8,
+            step_sizes=(32, ),
+            rounds=2,
+            batches=((64, 448), (8, 224)),
+            weights=None,
+            work_dir=str(tmp_path_factory.mktemp('work')))
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+def with_accuracy(found, accuracies):
+    """The same, with a constant accuracy for some modes and rates."""
+    found = copy.deepcopy(found)
+    for run in found['runs']:
+        for (mode, lr), accuracy in accuracies.items():
+            if (run['mode'], run['lr']) == (mode, lr):
+                run['accuracy'] = accuracy
+    return found
+
+
+def section(text, title):
+    return ' '.join(text.split(f'## {title}\n')[1].split('\n## ')[0].split())
+
+
+def test_each_mode_is_run_with_each_seed_and_rate(found):
+    runs = [(run['mode'], run['lr'], run['seed']) for run in found['runs']]
+    expected = itertools.product(('Train', 'Eval', 'Tune'), (1e-4, 1e-3),
+                                 (0, 1))
+    assert sorted(runs) == sorted(expected)
+    assert all(0 <= run['accuracy'] <= 1 for run in found['runs'])
+
+
+def test_a_step_of_tune_holds_less(found):
+    step, = found['steps']
+    peak = step['peak']
+    assert peak['Tune'] < .9 * peak['Eval']
+    assert peak['Eval'] == pytest.approx(peak['Train'], rel=.01)
+    assert {len(seconds) for seconds in step['seconds'].values()} == {2}
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_count_without_content_is_that_of_the_cpu(mode):
+    counted = classification.count_training(mode, 2, 64)
+    assert counted == pytest.approx(
+        classification.count_training(mode, 2, 64, device='cpu'), rel=.01)
+
+
+def test_count_grows_by_the_feature_maps_alone():
+    """Parameters, gradients and momentum do not depend on the batch."""
+    small, large, larger = (
+        classification.count_training('Train', batch, 224)
+        for batch in (16, 32, 64))
+    assert larger - large == pytest.approx(2 * (large - small), rel=.01)
+    model = classification.ResNet50Classifier(200)
+    weights = sum(p.nbytes for p in model.parameters())
+    # At the peak, few gradients are there yet.
+    assert 2 * weights < 2 * small - large < 3 * weights
+
+
+def test_page_quotes_the_script_and_the_paper(found):
+    page = classification.page(found)
+    assert (ROOT / 'tools/finetune_digits.py').read_text() in page
+    assert '| CUB-200 | 83.07 | 83.20 | 19967 | 12323 | -38.3% | 0.877 |' in (
+        page)
+    for config in (ROOT / 'configs/resnet').glob('*.py'):
+        assert str(config.relative_to(ROOT)) in section(page, 'Not run here')
+
+
+def test_page_compares_the_best_rate_of_each_mode(found):
+    accuracies = {
+        ('Train', 1e-4): .5, ('Eval', 1e-4): .9, ('Tune', 1e-4): .9,
+        ('Train', 1e-3): .9, ('Eval', 1e-3): .1, ('Tune', 1e-3): .1}
+    found = with_accuracy(found, accuracies)
+    text = section(classification.page(found), 'Accuracy')
+    assert ('Tune at its best learning rate (0.0001) less Train at its own '
+            '(0.001): +0.0000, which is no more than') in text
+    worse = with_accuracy(found, {('Tune', 1e-4): .8})
+    text = section(classification.page(worse), 'Accuracy')
+    assert 'less Eval at its own (0.0001): -0.1000, which is more' in text
+
+
+def test_page_says_where_fixed_statistics_fail(found):
+    failed = with_accuracy(found, {('Train', 1e-3): .9, ('Eval', 1e-3): .1,
+                                   ('Tune', 1e-3): .1})
+    text = section(classification.page(failed), 'Accuracy')
+    assert 'At a learning rate of 0.001 Train mode learns while' in text
+    learned = with_accuracy(failed, {('Tune', 1e-3): .9, ('Eval', 1e-3): .9})
+    text = section(classification.page(learned), 'Accuracy')
+    assert 'At no learning rate tried' in text
+
+
+@pytest.mark.parametrize('share, other, text', [
+    (.62, .62, 'saves 38% of it, which is within 5 points of what the paper'),
+    (.5, .5, 'Another size would not explain it: at 8 x 3 x 224 x 224'),
+    (.5, .62, 'Another size could explain it'),
+])
+def test_page_judges_the_memory_saved(found, share, other, text):
+    found = copy.deepcopy(found)
+    for count, kept in zip(found['counts'], (share, other)):
+        count['peak']['MMEngine'] = kept * count['peak']['Train']
+    text_found = section(classification.page(found), 'Table 3 of the paper')
+    assert text in text_found
+    assert ('Another size' in text_found) == (share == .5)
+
+
+def test_single_seed_is_not_judged(found):
+    found = copy.deepcopy(found)
+    found['runs'] = [run for run in found['runs'] if run['seed'] == 0]
+    assert 'says nothing about the spread' in section(
+        classification.page(found), 'Accuracy')
+
+
+def test_plot(found, tmp_path):
+    classification.plot(found, tmp_path / 'plot.png')
+    image = mmcv.imread(str(tmp_path / 'plot.png'))
+    assert image.shape[1] == 960 and image.std() > 10
+
+
+def test_figures_of_the_paper_are_those_of_the_metafile():
+    models = {
+        model['Name']: model
+        for model in load(ROOT / 'configs/resnet/metafile.yml')['Models']
+    }
+    for data, figures in classification.TABLE_3.items():
+        key = dict(zip(classification.TABLE_3, ('cub', 'aircraft', 'cars')))
+        for place, mode in enumerate(('', '-tune')):
+            model = models[f'resnet50_8xb8{mode}_{key[data]}']
+            result, = model['Results']
+            metadata = model['Metadata']
+            assert [
+                result['Metrics']['Top 1 Accuracy'],
+                round(metadata['Training Memory (GB)'] * 1000),
+                metadata['Seconds per Iteration']
+            ] == [figure[place] for figure in figures]

@@ -1,0 +1,59 @@
+"""What several pages start from."""
+import pytest
+import torch
+from reproductions import material
+
+from tests.oracle import runs
+from tests.tools.reproductions.synthetic import fill
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    fill(tmp_path, monkeypatch)
+
+
+def test_what_is_there_is_not_fetched(place, monkeypatch):
+    monkeypatch.setattr(material, 'run_tool', None)
+    assert material.fetch_weights() == 'checkpoints/mobilenet_v2_imagenet.pth'
+
+
+def test_missing_weights_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(material, 'run_tool', lambda *call: calls.append(call))
+    path = material.fetch_weights()
+    assert calls == [
+        ('model_converters/mobilenet_v2_to_mmdet.py', '--dst', path)
+    ]
+
+
+@pytest.mark.slow
+def test_trees_are_left_as_they_are(place, capfd):
+    material.fetch_trees()
+    assert 'complete' in capfd.readouterr().out
+
+
+def test_classifier_has_the_weights_and_is_always_the_same(place):
+    one, other = (material.pretrained_classifier() for _ in range(2))
+    weights = torch.load('checkpoints/mobilenet_v2_imagenet.pth')['state_dict']
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+        if key.startswith('backbone.'):
+            assert torch.equal(value, weights[key.removeprefix('backbone.')])
+
+
+def test_digits():
+    images, labels = material.digits(32, 100)
+    others, _ = material.digits(32, 100, 'test')
+    assert images.shape == (100, 3, 32, 32) and labels.shape == (100, )
+    assert sorted(set(labels.tolist())) == list(range(10))
+    # A test that shares images with the training would say nothing.
+    assert not any(torch.equal(a, b) for a in images for b in others)
+
+
+@pytest.mark.small_maps
+def test_small_maps_are_folded(place):
+    model = material.pretrained_classifier()
+    material.put_in_folding_mode(model, 'Tune')
+    model(*material.digits(32, 2))
+    assert set(runs(model)) == {'fused'}

@@ -1,0 +1,239 @@
+"""The page on Deploy's stability, with two learning rates and few steps."""
+import copy
+import json
+import math
+
+import mmcv
+import pytest
+import torch
+from reproductions import mechanism
+
+from mmtune.analysis import lr_limit
+from tests.oracle import randomize, step
+
+
+@pytest.fixture(scope='module')
+def found():
+    found = mechanism.run(
+        times=(1., 0.1),
+        lrs=(0.02, 50.),
+        seeds=(0, ),
+        steps=12,
+        pretrain_steps=20,
+        control_lr=0.002)
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = randomize(mechanism.build_model(5)).double().eval()
+    torch.nn.init.normal_(model[-1].weight)
+    return model
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 1, 8, 8, generator=generator).double()
+
+
+def coefficients(model):
+    return {
+        name: norm.weight / (norm.running_var + norm.eps).sqrt()
+        for name, norm in model.named_modules()
+        if isinstance(norm, torch.nn.BatchNorm2d)
+    }
+
+
+@pytest.mark.parametrize('times', [0.1, 7.])
+def test_scales_are_multiplied_and_the_function_is_not(model, times):
+    other = copy.deepcopy(model)
+    mechanism.multiply_scales(other, times)
+    torch.testing.assert_close(
+        other(images()), model(images()), rtol=1e-12, atol=1e-12)
+    expected = coefficients(model)
+    assert len(expected) == 9
+    for name, coeff in coefficients(other).items():
+        torch.testing.assert_close(coeff, times * expected[name])
+
+
+def test_only_the_gradient_of_weights_is_multiplied(model):
+    plain, corrected = (
+        step(mechanism.put(model, mode), images())
+        for mode in ('Deploy', mechanism.CORRECTED))
+    squares = {
+        name: coeff.square().view(-1, 1, 1, 1)
+        for name, coeff in coefficients(model).items()
+    }
+    multiplied = 0
+    for name, gradient in plain.items():
+        if name.startswith('grad of') and gradient.dim() == 4 and (
+                'input' not in name):
+            conv = name.removeprefix('grad of ').removesuffix('.weight')
+            # The norms are bn1, bn2, or the next in a Sequential.
+            norm = {'0': '1'}.get(conv) or conv.replace('conv', 'bn').replace(
+                'shortcut.0', 'shortcut.1')
+            gradient = gradient * squares[norm]
+            multiplied += 1
+        torch.testing.assert_close(corrected[name], gradient)
+    assert multiplied == 9
+
+
+def test_training_and_test_images_are_apart():
+    *_, train_labels, tests, test_labels = mechanism.load_data(
+        mechanism.FINE_TUNED_ON, 0)
+    trained = mechanism.load_data(mechanism.FINE_TUNED_ON, 0)[0]
+    assert len(train_labels) + len(test_labels) == 896
+    assert set(train_labels.tolist()) == set(test_labels.tolist()) == set(
+        range(5))
+    assert trained.shape[1:] == tests.shape[1:] == (1, 8, 8)
+    other = mechanism.load_data(mechanism.FINE_TUNED_ON, 1)[0]
+    assert not torch.equal(trained, other)
+
+
+def test_training_stops_where_the_loss_is_infinite():
+    data = mechanism.load_data(mechanism.FINE_TUNED_ON, 0)[:2]
+    model = mechanism.build_model(5)
+    losses = mechanism.train(model, *data, steps=30, lr=1e30, seed=0)
+    assert len(losses) < 30
+    assert losses[0] == pytest.approx(math.log(5), rel=1e-5)
+    assert all(map(math.isfinite, losses[:-1]))
+    assert not math.isfinite(losses[-1])
+
+
+@pytest.mark.parametrize('losses, limit', [
+    ([1.5, 0.3, None], 0.2),
+    ([0.3, None, 0.7], 0.4),
+    ([1.6, 0.9, None], None),
+])
+def test_limit(losses, limit):
+    assert mechanism.stable_limit([0.1, 0.2, 0.4], losses) == limit
+
+
+@pytest.mark.parametrize('losses, others, largest', [
+    ([1., 2.], [1.5, 2.25], 0.5),
+    ([1., 2.], [1., math.inf], None),
+    ([1., 2., 3.], [math.nan], None),
+    ([1., math.nan], [1., 2.], None),
+])
+def test_largest_difference(losses, others, largest):
+    assert mechanism.largest_difference(losses, others) == largest
+
+
+@pytest.mark.slow
+def test_controls(found):
+    """What holds in float64 whatever is measured."""
+    for row in found['controls']:
+        assert row['function'] < 1e-12
+        assert row['rescaled'] < 1e-12
+        assert row['runs'] == {'fused': 9}
+        for gamma in ('fixed', 'learning'):
+            assert row[gamma]['Eval'] < 1e-12
+        assert row['fixed'][mechanism.CORRECTED] < 1e-12
+        assert row['fixed']['Deploy'] > 1e-4
+        assert row['learning'][mechanism.CORRECTED] > 1e-6
+
+
+@pytest.mark.slow
+def test_sweeps(found):
+    assert [(row['times'], row['mode']) for row in found['sweeps']] == [
+        (times, mode) for times in (1., 0.1) for mode in mechanism.MODES
+    ]
+    for row in found['sweeps']:
+        small, large = row['losses']
+        assert 0 < small < 5 and (large is None or large > small)
+        assert all(0 <= share <= 1 for share in row['accuracies'])
+    by_mode = {(row['times'], row['mode']): row['losses'][0]
+               for row in found['sweeps']}
+    for times in (1., 0.1):
+        assert by_mode[times, 'Tune'] == pytest.approx(
+            by_mode[times, 'Eval'], rel=1e-2)
+    assert by_mode[0.1, 'Deploy'] == pytest.approx(
+        by_mode[1., 'Deploy'], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_scales_are_described(found):
+    original, smaller = found['scales']
+    for key in ('min', 'median', 'max'):
+        assert smaller[key] == pytest.approx(original[key] / 10, rel=1e-4)
+    assert smaller['limits'][0] == pytest.approx(
+        lr_limit(torch.tensor([smaller['min']]).double(), 1.))
+    assert original['upper_limit'] == pytest.approx(
+        max(1, original['max']**2))
+
+
+@pytest.mark.slow
+def test_page_and_plot(found, tmp_path):
+    text = mechanism.page(found)
+    assert '## Not run here' in text and 'x 0.1' in text
+    assert '18 of 18 blocks ran folded' in text
+    mechanism.plot(found, tmp_path / 'plot.png')
+    assert mmcv.imread(tmp_path / 'plot.png').std() > 10
+
+
+def made_up(limits, apart=1e-15):
+    """What might have come out: the limits of Tune and Deploy at x 1."""
+    lrs = [0.01, 0.1, 1., 10.]
+
+    def losses(limit):
+        return [0.1 if lr <= limit else None for lr in lrs]
+
+    others = {mode: apart for mode in ('Eval', mechanism.CORRECTED)}
+    return dict(
+        lrs=lrs,
+        steps=3,
+        pretrained=[0.9],
+        scales=[
+            dict(times=1., seed=0, min=0.5, median=1., max=2.,
+                 limits=[0.25, 0.5, 1.], upper_limit=4., best_lr=1.)
+        ],
+        sweeps=[
+            dict(times=1., mode=mode, seed=0, accuracies=[0.9] * 4,
+                 losses=losses(limits[mode == 'Deploy']))
+            for mode in mechanism.MODES
+        ],
+        controls=[
+            dict(times=1., seed=0, lr=0.1, function=apart, rescaled=apart,
+                 learning=others | dict(Deploy=1.),
+                 fixed=others | dict(Deploy=1.), runs=dict(fused=9))
+        ])
+
+
+@pytest.mark.parametrize('limits, apart, says', [
+    ((1., 0.1), 1e-15, ['Deploy fails where Eval and Tune do not',
+                        'The bound holds in 0 of 1', 'no guarantee']),
+    ((0.1, 1.), 1e-15, ['The other way around', 'not where Deploy fails']),
+    ((0.1, 0.1), 1e-15, ['Neither fails first',
+                         'tell about where Deploy fails']),
+    ((0.1, 0.), 1e-15, ['No seed in which both', 'nothing to foretell',
+                        'Not all learned', 'not all learned']),
+    ((1., 1.), 1e-15, ['follows Tune exactly', 'does not notice',
+                       'Tune is Eval']),
+    ((1., 1.), 0.5, ['not what was measured', 'contradicts the derivation',
+                     'Tune is not Eval']),
+    ((1., 1.), None, ['not what was measured', 'infinite']),
+])
+def test_what_the_page_says_follows_from_the_figures(limits, apart, says):
+    found = made_up(limits, apart)
+    if apart is None:
+        found['controls'][0]['function'] = 0.
+    text = ' '.join(mechanism.page(found).split())
+    for phrase in says:
+        assert phrase in text
+
+
+@pytest.mark.parametrize('at_eval, own, says', [
+    (0.9, 0.9, 'Deploy learned like Eval'),
+    (0.5, 0.9, 'not Deploy as such'),
+    (0.5, 0.6, 'Deploy learns less than Eval'),
+])
+def test_what_the_page_says_of_the_best_learning_rates(at_eval, own, says):
+    found = made_up((1., 1.))
+    for row in found['sweeps']:
+        if row['mode'] == 'Deploy':
+            row.update(losses=[0.05, 0.1, 0.1, None],
+                       accuracies=[own, at_eval, at_eval, 0.2])
+        else:
+            row.update(losses=[0.1, 0.05, 0.1, None])
+    assert says in ' '.join(mechanism.page(found).split())

@@ -1,0 +1,160 @@
+import copy
+import json
+
+import mmcv
+import pytest
+import torch
+from reproductions import scratch
+
+from mmtune import behaviours
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    """What a run finds, with few small images."""
+    with pytest.MonkeyPatch.context() as patch:
+        # conftest.py does so for each test, but not for this fixture.
+        patch.setattr(behaviours, 'SMALL_MAP', 0)
+        patch.setattr(behaviours, 'SMALL_SHARE', 0)
+        stock = scratch.load_data
+        patch.setattr(
+            scratch, 'load_data', lambda size: [
+                torch.utils.data.TensorDataset(*part[:40])
+                for part in stock(size)
+            ])
+        found = scratch.run(
+            lrs=(0.01, 1e9),
+            begins=(0, 1, None),
+            control=1,
+            seeds=(0, 1),
+            epochs=2,
+            size=8,
+            batch_size=16,
+            rounds=2,
+            work_dir=str(tmp_path_factory.mktemp('work')))
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+def runs_of(found, **wanted):
+    runs = [
+        run for run in found['runs']
+        if all(run[key] == value for key, value in wanted.items())
+    ]
+    assert runs
+    return runs
+
+
+def with_accuracy(found, accuracies, lr=0.01):
+    """The same, each `begin` with another final accuracy."""
+    found = copy.deepcopy(found)
+    for run in runs_of(found, lr=lr):
+        run['accuracy'][-1] = accuracies[run['begin']]
+    return found
+
+
+def verdict(found, lr='0.01'):
+    page = scratch.page(found)
+    return ' '.join(
+        page.split(f'Learning rate {lr}\n')[1].split('\n##')[0].split())
+
+
+def test_runs_of_a_seed_are_alike_until_begin(found):
+    for seed in (0, 1):
+        runs = [run for run in runs_of(found, lr=0.01, seed=seed)
+                if run['begin'] != 0]
+        assert len(runs) == 3
+        assert len({run['loss'][0] for run in runs}) == 1
+        assert len({run['accuracy'][0] for run in runs}) == 1
+        assert len({run['loss'][1] for run in runs}) > 1
+
+
+def test_tune_goes_on_as_the_control_does(found):
+    tune, stock = (runs_of(found, lr=0.01, begin=1, mode=mode)
+                   for mode in ('Tune', 'Eval'))
+    for ours, theirs in zip(tune, stock):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
+
+
+def test_frozen_from_the_start_is_no_normalization(found, tmp_path):
+    """The loss of a first step, computed with the BatchNorms taken out."""
+    run, = runs_of(found, lr=0.01, begin=0, seed=0)
+    assert len(run['loss']) == len(run['accuracy']) == 2
+    model = scratch.SmallResNet().train()
+    bare = copy.deepcopy(model)
+    for module in list(bare.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, torch.nn.Identity())
+    scratch.turn_on(model, norm_eval=True)
+    images = torch.randn(2, 3, 8, 8)
+    # The variance of a new BatchNorm is 1, its eps 1e-5.
+    torch.testing.assert_close(
+        model(images, None), bare(images, None), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_no_number_is_none(found):
+    assert any(
+        None in run['loss'] for run in runs_of(found, lr=1e9))
+    assert 'not a number' in verdict(found, '1e+09')
+
+
+def test_a_step_of_tune_holds_less(found):
+    peak = found['step']['peak']
+    assert peak['Tune'] < .9 * peak['Eval']
+    assert {len(times) for times in found['step']['seconds'].values()} == {2}
+
+
+@pytest.mark.parametrize('accuracies, text', [
+    ({0: .9, 1: .9, None: .9}, '`begin=0` and later did no harm'),
+    ({0: .1, 1: .9, None: .9}, 'Earlier it did, with `begin` = 0.'),
+    ({0: .9, 1: .1, None: .9}, 'None of them was harmless'),
+    ({0: .9, 1: .88, None: .9}, 'None of them was harmless'),
+])
+def test_page_judges_when_to_freeze(found, accuracies, text):
+    assert text in verdict(with_accuracy(found, accuracies))
+
+
+def test_page_judges_the_control(found):
+    same = with_accuracy(found, {0: .9, 1: .9, None: .9})
+    assert 'in 2 of 2 seeds' in verdict(same)
+    assert 'It is freezing that does it' in verdict(same)
+    runs_of(same, lr=0.01, begin=1, mode='Eval')[1]['accuracy'][-1] = .3
+    assert 'in 1 of 2 seeds' in verdict(same)
+    assert 'differ by at most 0.600' in verdict(same)
+    assert 'do not agree' in verdict(same)
+
+
+def test_one_failing_seed_is_harm(found):
+    found = with_accuracy(found, {0: .9, 1: .9, None: .9})
+    runs = runs_of(found, lr=0.01, begin=1, mode='Tune')
+    for run in runs:
+        run['accuracy'][0] = .8
+    assert 'Nor is it enough' not in verdict(found)
+    runs[1]['accuracy'][-1] = .1
+    assert 'None of them was harmless' in verdict(found)
+    assert 'Nor is it enough that the statistics have settled' in (
+        verdict(found))
+    assert '1 of 2 failed after' in verdict(found)
+
+
+def test_page_counts_who_learned_without_normalization(found):
+    text = ' '.join(
+        scratch.page(
+            with_accuracy(found, {0: .9, 1: .9, None: .9})).split())
+    assert 'At a learning rate of 0.01, 2 of 2 such runs learned' in text
+    assert 'At a learning rate of 1e+09, 0 of 2 such runs learned' in text
+
+
+def test_plot(found, tmp_path):
+    scratch.plot(found, tmp_path / 'plot.png')
+    image = mmcv.imread(str(tmp_path / 'plot.png'))
+    assert image.shape[1] == 960 and image.std() > 10
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(begins=(0, 5)), 'must hold None'),
+    (dict(begins=(0, None), control=7), '`control` must be one of'),
+])
+def test_wrong_plans_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        scratch.run(**wrong)

@@ -1,0 +1,35 @@
+"""Draw what benchmark_modes.py and estimate_memory.py wrote with --json.
+
+One panel a file: bars of memory with the ratio of times, or lines of memory
+over the batch size with the limit.
+"""
+import argparse
+import json
+from pathlib import Path
+
+from mmtune.analysis.plots import plot_steps
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'files', nargs='+', type=Path, metavar='FILE.json')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        required=True,
+        metavar='FILE.png',
+        help='the picture to write; its folder is made where there is none')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    results = [json.loads(path.read_text()) for path in args.files]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot_steps(results, args.out)
+    print(f'Wrote {args.out}')
+
+
+if __name__ == '__main__':
+    main()

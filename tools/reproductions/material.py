@@ -1,0 +1,71 @@
+"""Pretrained weights and real images that several pages start from."""
+from unittest import mock
+
+import torch
+from demo import WEIGHTS, run_tool
+from finetune_digits import Classifier, load_data
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from mmtune import behaviours
+from mmtune.analysis.modes import put_in_mode
+
+
+def fetch_weights() -> str:
+    """Fetch the ImageNet weights of MobileNetV2 where they are missing.
+
+    Returns:
+        str: Where they are.
+    """
+    if not MMLogger.check_instance_created('reproductions'):
+        # MMEngine tells how every parameter was initialized.
+        MMLogger.get_instance('reproductions', log_level='WARNING')
+    if not WEIGHTS.is_file():
+        run_tool('model_converters/mobilenet_v2_to_mmdet.py', '--dst',
+                 str(WEIGHTS))
+    return str(WEIGHTS)
+
+
+def fetch_trees() -> None:
+    """Fetch the images of trees where they are missing."""
+    run_tool('misc/download_dataset.py', '--dataset-name', 'trees')
+
+
+def pretrained_classifier() -> nn.Module:
+    """Build a classifier of digits whose head has learned nothing yet.
+
+    Returns:
+        nn.Module: MobileNetV2 with ImageNet weights and a linear layer,
+        which is the same in every call.
+    """
+    torch.manual_seed(0)
+    model = Classifier(fetch_weights())
+    model.init_weights()
+    return model
+
+
+def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
+    """Give handwritten digits as ImageNet networks take images.
+
+    Args:
+        size (int): Height and width in pixels.
+        count (int): How many.
+        split (str): ``'train'`` or ``'test'``.
+
+    Returns:
+        tuple[Tensor, Tensor]: Images of shape (count, 3, size, size), and
+        labels.
+    """
+    data = load_data(size)[('train', 'test').index(split)]
+    return data[:count]
+
+
+def put_in_folding_mode(model: nn.Module, mode: str) -> None:
+    """Put a model into a mode, in which Tune folds however small a map is.
+
+    Args:
+        model (nn.Module): A stock model.
+        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
+    """
+    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
+        put_in_mode(model, mode)

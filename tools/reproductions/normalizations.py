@@ -1,0 +1,454 @@
+"""Which normalizations can be folded into a convolution, and which cannot."""
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from mmtune import turn_on
+from mmtune.analysis import saved_bytes
+from mmtune.analysis.steps import difference
+from mmtune.api import latest_runs
+from reproductions.pages import mib, paragraph, table, track
+
+TITLE = 'Other normalizations'
+QUESTION = paragraph("""
+    The paper folds BatchNorm in eval mode into the convolution before it, and
+    leaves other normalizations as an open question. Which of them can be
+    folded, which cannot, and why?
+    """)
+
+CHANNELS = 32
+# Of an error in float64 that is rounding.
+TOLERANCE = 1e-9
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A BatchNorm of buffers alone, as detectors have it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.register_buffer('weight', torch.ones(channels))
+        self.register_buffer('bias', torch.zeros(channels))
+        self.register_buffer('running_mean', torch.zeros(channels))
+        self.register_buffer('running_var', torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+class BatchRenorm2d(nn.BatchNorm2d):
+    """Batch renormalization (arXiv 1702.03275), in train mode.
+
+    The batch's statistics, corrected towards the running ones by factors
+    within limits that learn nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        if not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        std, running_std = ((v + self.eps).sqrt()
+                            for v in (var, self.running_var))
+        with torch.no_grad():
+            r = (std / running_std).clamp(1 / 3, 3)
+            d = ((mean - self.running_mean) / running_std).clamp(-5, 5)
+        scale = self.weight * r / std
+        shift = self.bias + self.weight * d - mean * scale
+        return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+class Whitening2d(nn.Module):
+    """Decorrelated BatchNorm (arXiv 1804.08450), by running statistics."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(channels, channels, generator=generator)
+        self.register_buffer('matrix', torch.eye(channels) + .1 * noise)
+        self.register_buffer('running_mean', torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        centred = x - self.running_mean.view(-1, 1, 1)
+        return torch.einsum('dc,nchw->ndhw', self.matrix, centred)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Case(NamedTuple):
+    """A convolution and a normalization.
+
+    Attributes:
+        conv (Callable): Gives the convolution.
+        norm (Callable): Gives the normalization of a number of channels.
+        training (bool): Whether it is in train mode.
+        statistics (str): What it normalizes by.
+    """
+
+    conv: Callable[[], nn.Module]
+    norm: Callable[[int], nn.Module]
+    training: bool
+    statistics: str
+
+
+def conv(kind: type = nn.Conv2d) -> nn.Module:
+    return kind(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+
+
+def weight_norm_conv() -> nn.Module:
+    return parametrizations.weight_norm(conv())
+
+
+RUNNING, BATCH, SAMPLE = ('running', 'of the batch', 'of the sample')
+tracking = partial(
+    nn.InstanceNorm2d, affine=True, track_running_stats=True)
+CASES = {
+    'BatchNorm, eval': Case(conv, nn.BatchNorm2d, False, RUNNING),
+    'BatchNorm, train': Case(conv, nn.BatchNorm2d, True, BATCH),
+    'SyncBatchNorm, eval': Case(conv, nn.SyncBatchNorm, False, RUNNING),
+    'FrozenBatchNorm': Case(conv, FrozenBatchNorm2d, True, RUNNING),
+    'InstanceNorm with running statistics, eval': Case(
+        conv, tracking, False, RUNNING),
+    'InstanceNorm with running statistics, train': Case(
+        conv, tracking, True, SAMPLE),
+    'InstanceNorm': Case(
+        conv, partial(nn.InstanceNorm2d, affine=True), False, SAMPLE),
+    'GroupNorm': Case(conv, partial(nn.GroupNorm, 8), False, SAMPLE),
+    'LayerNorm': Case(conv, LayerNorm2d, False, 'of the pixel'),
+    'LocalResponseNorm': Case(
+        conv, lambda channels: nn.LocalResponseNorm(5), False,
+        'of the pixel'),
+    'batch renormalization, eval': Case(conv, BatchRenorm2d, False, RUNNING),
+    'batch renormalization, train': Case(
+        conv, BatchRenorm2d, True, 'of the batch'),
+    'whitening, eval': Case(conv, Whitening2d, False, RUNNING),
+    'ConvWS + BatchNorm, eval': Case(
+        partial(conv, ConvWS2d), nn.BatchNorm2d, False, RUNNING),
+    'ConvAWS + BatchNorm, eval': Case(
+        partial(conv, ConvAWS2d), nn.BatchNorm2d, False, RUNNING),
+    'weight_norm + BatchNorm, eval': Case(
+        weight_norm_conv, nn.BatchNorm2d, False, RUNNING),
+    'ConvWS + GroupNorm': Case(
+        partial(conv, ConvWS2d), partial(nn.GroupNorm, 8), False, SAMPLE),
+}
+
+
+def make_blocks(case: Case) -> nn.Sequential:
+    """Make the block in question, and one that always can be folded.
+
+    Without the second there would be nothing to turn on where the first
+    cannot be.
+
+    Args:
+        case (Case): What the first consists of.
+
+    Returns:
+        nn.Sequential: Two of them, to be called by themselves.
+    """
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        nn.Sequential(case.conv(), case.norm(CHANNELS)),
+        nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS).eval()))
+    norm = blocks[0][1].train(case.training)
+    with torch.no_grad():
+        for tensor in norm.state_dict().values():
+            if tensor.shape == (CHANNELS, ):
+                tensor.uniform_(.5, 1.5)
+    return blocks
+
+
+@torch.no_grad()
+def departures(norm: nn.Module) -> dict[str, float]:
+    """Test in float64 whether a normalization is one fixed function.
+
+    Args:
+        norm (nn.Module): The normalization.
+
+    Returns:
+        dict[str, float]: ``per_channel``: how far the output for random
+        inputs is from ``a * y + b``, with ``a`` and ``b`` of each channel
+        found from two other inputs; ``affine``: how far that of a mixture of
+        two inputs is from the mixture of their outputs. Both relative to the
+        norm of the output.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn() -> Tensor:
+        return torch.randn(
+            2, CHANNELS, 8, 8, generator=generator, dtype=torch.float64)
+
+    def run(y: Tensor) -> Tensor:
+        # In train mode, statistics move with every call.
+        return copy.deepcopy(norm).double()(y)
+
+    y, first, second = 2 * randn() + 1, randn(), 3 * randn() - 1
+    low, high = run(first), run(second)
+    slope = ((high - low) / (second - first)).mean((0, 2, 3), keepdim=True)
+    offset = (low - slope * first).mean((0, 2, 3), keepdim=True)
+    output = run(y)
+    mixture = run(.3 * first + .7 * second)
+    return dict(
+        per_channel=float((slope * y + offset - output).norm()
+                          / output.norm()),
+        affine=float((.3 * low + .7 * high - mixture).norm()
+                     / mixture.norm()))
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    output = model(x)
+    output.square().sum().backward()
+    return dict(
+        output=output.detach(),
+        x=x.grad,
+        **{name: p.grad
+           for name, p in model.named_parameters()})
+
+
+def kept(block: nn.Module, x: Tensor) -> int:
+    """Bytes that a block keeps for backward."""
+    with saved_bytes(block) as saved:
+        # What is kept lives as long as the output does.
+        _output = block(x)
+        return saved.total
+
+
+def measure(case: Case, size: int) -> dict[str, Any]:
+    """Find out everything about one case.
+
+    Args:
+        case (Case): The block.
+        size (int): Height and width of the maps.
+
+    Returns:
+        dict: Plain data.
+    """
+    stock = make_blocks(case)
+    tuned = copy.deepcopy(stock)
+    report = turn_on(tuned)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, CHANNELS, size, size, generator=generator)
+    bytes_kept = {
+        mode: kept(copy.deepcopy(blocks)[0], x)
+        for mode, blocks in (('Eval', stock), ('Tune', tuned))
+    }
+    expected = step(copy.deepcopy(stock)[0].double(), x.double())
+    actual = step(tuned.double()[0], x.double())
+    return dict(
+        statistics=case.statistics,
+        **departures(stock[0][1]),
+        kept=bytes_kept,
+        ran=latest_runs(tuned).get('0.1', 'left alone'),
+        error=difference(actual, expected),
+        reason=''.join(
+            row.reason for row in report.left_out if row.bn == '0.1'))
+
+
+def run(size: int = 64, names: Sequence[str] = tuple(CASES)) -> dict:
+    """Try every normalization.
+
+    Args:
+        size (int): Height and width of the maps.
+        names (Sequence[str]): Keys of :data:`CASES`.
+
+    Returns:
+        dict: ``rows`` by name.
+    """
+    return dict(
+        size=size,
+        rows={
+            name: measure(CASES[name], size)
+            for name in track(names, 'Try normalizations')
+        })
+
+
+# ----------------------------------------------------------------------------
+# Page
+# ----------------------------------------------------------------------------
+
+
+def kind_of(row: dict) -> str:
+    """What the measurement says of a normalization."""
+    if row['per_channel'] <= TOLERANCE:
+        return 'a scale and a shift of each channel'
+    if row['affine'] <= TOLERANCE:
+        return 'affine, across channels'
+    return 'depends on its input'
+
+
+def answer(found: dict) -> str:
+    """Say in a sentence what came out.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: One sentence.
+    """
+    rows = found['rows']
+    can = sum(row['per_channel'] <= TOLERANCE for row in rows.values())
+    fused = sum(row['ran'] == 'fused' for row in rows.values())
+    return (f'{can} of {len(rows)} layers are a scale and a shift of each '
+            'channel that do not depend on the input, which is what a fold '
+            f'takes; mmtune folds {fused} of them.')
+
+
+def page(found: dict) -> str:
+    """Write the page.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: Markdown.
+    """
+    rows = found['rows']
+    parts = [
+        paragraph("""
+        A normalization can be folded into the convolution before it where its
+        output is `a * y + b`, with numbers `a` and `b` of each channel that do
+        not depend on `y`: then `a * (w * x) + b` is a convolution by `a * w`.
+        So for each normalization, `a` and `b` are found from two random
+        inputs, and the output for a third is compared with what they say
+        (*from a, b*), in float64. A weaker property is tested by itself:
+        whether a mixture of inputs gives the mixture of the outputs (*from
+        affine*). Both are relative to the output.
+        """),
+        table(['normalization', 'statistics', 'from a, b', 'from affine',
+               'so it is'],
+              [[
+                  name, row['statistics'], f'{row["per_channel"]:.0e}',
+                  f'{row["affine"]:.0e}', kind_of(row)
+              ] for name, row in rows.items()]),
+        '## What mmtune does',
+        paragraph(f"""
+        Each follows a 3 x 3 convolution of {CHANNELS} channels without bias,
+        on 2 x {CHANNELS} x {found["size"]} x {found["size"]}. Kept for
+        backward by the block in float32, in MiB, as stock and after
+        `turn_on`; and how far output and gradients are from stock in float64.
+        """),
+        table(['normalization', 'stock', 'Tune', 'ran', 'difference',
+               'reason'],
+              [[
+                  name,
+                  mib(row['kept']['Eval']),
+                  mib(row['kept']['Tune']), row['ran'],
+                  f'{row["error"]:.0e}', row['reason']
+              ] for name, row in rows.items()]),
+        paragraph(verdict(rows)),
+        '## Why not the others',
+        paragraph("""
+        Where the statistics are those of the input at hand (a batch, a
+        sample, a pixel), `a` and `b` are functions of `y`. There is no
+        weight to fold before the convolution has run, and the gradient has
+        terms through the statistics, in which `y` stands itself: the slope
+        for one input is not that for another. That `y` could be computed a
+        second time from what the convolution keeps, as an activation
+        checkpoint does, is true of any layer, and costs the convolution
+        again.
+        """),
+        paragraph("""
+        A normalization of the weight (weight standardization, weight norm) is
+        no obstacle: it gives another weight, which does not depend on the
+        input, and the fold takes that. What decides is the normalization
+        after the convolution: with BatchNorm in eval mode it is folded, with
+        GroupNorm it is not.
+        """),
+        paragraph("""
+        Whitening by running statistics is a fixed matrix across channels.
+        It could be folded by a product of matrices, `w' = M w`, in place of
+        one number per channel; mmtune does not.
+        """),
+        paragraph("""
+        So a fold is possible for exactly those layers that have statistics of
+        their own and use them. Which those are does not say whether training
+        may do so: that is for accuracy to tell. It has been told for
+        BatchNorm in fine-tuning only.
+        """),
+        '## Not run here',
+        paragraph("""
+        Training with any of these: whether InstanceNorm or batch
+        renormalization fine-tune well with running statistics.
+        SyncBatchNorm in train mode, which needs several processes and is
+        BatchNorm over all of them.
+        """)
+    ]
+    return '\n\n'.join(parts)
+
+
+def verdict(rows: dict[str, dict]) -> str:
+    """Compare what can be folded with what is."""
+    can = [name for name, row in rows.items()
+           if row['per_channel'] <= TOLERANCE]
+    fused = [name for name, row in rows.items() if row['ran'] == 'fused']
+    wrong = [name for name, row in rows.items() if row['error'] > TOLERANCE]
+    missed = [name for name in can if name not in fused]
+    text = f"""{len(can)} of {len(rows)} are a scale and a shift of each
+        channel. mmtune folds {len(fused)}"""
+    if set(fused) <= set(can):
+        text += ', all among them'
+    else:
+        text += (', some that it must not: '
+                 + ', '.join(n for n in fused if n not in can))
+    text += '. '
+    if missed:
+        text += f"""Not folded though it could be: {", ".join(missed)}. A class
+            that mmtune does not know, and that computes by code of its own, is
+            never folded on the strength of what it seems to do. """
+    text += ('The results differ from stock beyond rounding for '
+             + ', '.join(wrong) + '.' if wrong else
+             'The results are those of stock for all of them.')
+    changed = [name for name, row in rows.items() if name not in fused
+               and row['kept']['Eval'] != row['kept']['Tune']]
+    text += (' What is left alone keeps as much as before.' if not changed else
+             f' What {", ".join(changed)} keeps has changed all the same.')
+    same = [name for name in fused
+            if rows[name]['kept']['Tune'] >= .95 * rows[name]['kept']['Eval']]
+    if same:
+        text += f""" Folded, {", ".join(same)} keeps as much as before too: as
+            a product with fixed numbers, it keeps no map of its own."""
+    return text
+
+
+def plot(found: dict, path: Path) -> None:
+    """Plot what each block keeps for backward.
+
+    Args:
+        found (dict): From :func:`run`.
+        path (Path): The picture to write.
+    """
+    rows = found['rows']
+    figure = Figure(
+        figsize=(8, 1.5 + .35 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    for offset, mode, color in ((-.2, 'Eval', 'tab:gray'),
+                                (.2, 'Tune', 'tab:green')):
+        axes.barh([i + offset for i in range(len(rows))],
+                  [row['kept'][mode] / 2**20 for row in rows.values()],
+                  .4,
+                  color=color,
+                  label='stock' if mode == 'Eval' else 'Tune')
+    axes.set_yticks(range(len(rows)), labels=list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel='kept for backward by convolution and normalization, MiB')
+    figure.legend(loc='outside upper right', ncols=2)
+    figure.savefig(path, dpi=120)
