@@ -70,6 +70,7 @@ setup(
             'packaging',
             'pytest',
             'scikit-learn',
+            'scipy',
             'tensorboard',
         ],
         'lint': ['mypy', 'ruff'],

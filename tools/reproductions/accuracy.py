@@ -272,6 +272,22 @@ def read(training: Training) -> dict[str, Any]:
         ])
 
 
+def answer(found: dict[str, Any]) -> str:
+    """Say in a sentence what came out.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: One sentence.
+    """
+    by_mode = group(found['runs'])
+    reached = ', '.join(
+        f'{mean_spread([run["mAP"] for run in by_mode[mode]])} in {mode}'
+        for mode in ('Eval', 'Tune', 'Deploy', 'Train') if mode in by_mode)
+    return f'mAP over {len(by_mode["Eval"])} seeds: {reached}.'
+
+
 def page(found: dict[str, Any]) -> str:
     """Describe what came out.
 
@@ -288,14 +304,13 @@ def page(found: dict[str, Any]) -> str:
         RetinaNet with MobileNetV2 on the
         [images of trees](../../../configs/trees/README.md),
         {found['iterations']} iterations of batches of two, {seeds}
-        seed{'s' * (seeds > 1)} a mode. The modes differ in the backbone
-        alone, whose BatchNorms are all there are; the
-        neck and the head have GroupNorm. A seed stands for the same initial
-        head and the same batches in every mode. "From scratch" leaves the
-        ImageNet weights out and changes nothing else, not even that the
-        backbone learns at a tenth of the learning rate. Train from scratch is
-        what the paper means; in Eval from scratch, the BatchNorms keep the
-        mean 0 and variance 1 that they are made with, and never normalize.
+        seed{'s' * (seeds > 1)} a mode. The modes differ in the backbone alone,
+        whose BatchNorms are all there are; the neck and the head have
+        GroupNorm. A seed stands for the same initial head and the same
+        batches in every mode. "From scratch" leaves the ImageNet weights out
+        and changes nothing else, not even that the backbone learns at a tenth
+        of the learning rate. What becomes of Eval from scratch, where the
+        BatchNorms never normalize, is on the page [scratch](scratch.md).
         """),
         accuracy_table(by_mode),
         paragraph("""

@@ -123,8 +123,8 @@ def build(name: str, setting: str) -> tuple[Any, nn.Module]:
             config = load_config(BACKBONES[name])
             config.model = config.model.backbone
             config.pop('data_preprocessor', None)
-            if 'frozen_stages' in config.model:
-                config.model.frozen_stages = -1
+            # By default none is.
+            config.model.pop('frozen_stages', None)
         torch.manual_seed(0)
         model = build_model(config)
     randomize_new_norms(model)
@@ -403,12 +403,11 @@ def plot(found: dict, path: Path) -> None:
                 textcoords='offset points',
                 fontsize=6)
     ratios = [maps_to_weights(row) for row in rows]
-    if ratios:
-        curve = torch.logspace(*torch.tensor(
-            [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
-        axes.plot(curve, [100 * foretold(0.5, r) for r in curve.tolist()],
-                  color='gray', linewidth=1,
-                  label='half of the maps, of maps + 2 x weights')
+    curve = torch.logspace(*torch.tensor(
+        [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
+    axes.plot(curve, [100 * foretold(0.5, r) for r in curve.tolist()],
+              color='gray', linewidth=1,
+              label='half of the maps, of maps + 2 x weights')
     axes.axhline(100 * CLAIM, color='black', linestyle='--', linewidth=1,
                  label=f'{CLAIM:.0%}')
     axes.set(xscale='log',

@@ -385,6 +385,25 @@ def _why_not(found: dict, claimed: float) -> str:
         the share. Nothing here shows that they do."""
 
 
+def answer(found: dict) -> str:
+    """Say in a sentence what came out.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: One sentence.
+    """
+    best = {mode: _best_lr(found, mode) for mode in MODES}
+    reached = ', '.join(
+        f'{mean_spread(_accuracies(found, mode, lr))} in {mode}'
+        for mode, lr in best.items())
+    peak = found['steps'][-1]['peak']
+    return (f'Accuracy at the best learning rate of each mode: {reached}; the '
+            f'peak of a step in Tune is {1 - peak["Tune"] / peak["Train"]:.0%}'
+            ' below that in Train.')
+
+
 def page(found: dict) -> str:
     """Write the page.
 

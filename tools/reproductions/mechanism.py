@@ -516,6 +516,23 @@ def pretrained_accuracy(seed: int, steps: int) -> float:
 # --------------------------------------------------------------------------
 
 
+def answer(found: dict[str, Any]) -> str:
+    """Say in a sentence what came out.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: One sentence.
+    """
+    times = list(dict.fromkeys(row['times'] for row in found['sweeps']))
+    rows = [summarize(found, by, seed) for by in times
+            for seed in range(len(found['pretrained']))]
+    limits = '; '.join(f'x {by:g}: {span(ratios(rows, by))}' for by in times)
+    return ("The largest learning rate that Deploy bears, as a multiple of "
+            f"Tune's, by what the scales are multiplied by: {limits}.")
+
+
 def page(found: dict[str, Any]) -> str:
     """Describe what came out.
 
@@ -875,10 +892,9 @@ def prediction_verdict(rows: Sequence[dict[str, Any]]) -> str:
         return text + 'So the scales alone are no guarantee here.'
     if worst > 10:
         return text + (
-            'So the scales tell which way the limit moves and what is safe, '
-            'but not where Deploy fails: the bound is too careful by up to '
-            f'{worst:.0f} times. It has to be, since it cannot know what else '
-            'limits Tune: gamma, beta and the head have no scale.')
+            'So the scales tell what is safe, but not where Deploy fails: the '
+            f'bound is too careful by up to {worst:.0f} times. It cannot know '
+            'what else limits Tune: gamma, beta and the head have no scale.')
     return text + 'So the scales tell about where Deploy fails.'
 
 

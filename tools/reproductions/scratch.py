@@ -398,6 +398,24 @@ def _from_the_start(found: dict) -> str:
     return paragraph(' '.join(texts))
 
 
+def answer(found: dict) -> str:
+    """Say in a sentence what came out.
+
+    Args:
+        found (dict): From :func:`run`.
+
+    Returns:
+        str: One sentence.
+    """
+    tried = [(lr, begin) for lr in found['lrs']
+             for begin in found['begins'] if begin is not None]
+    harmless = [f'begin={begin} at a learning rate of {lr:g}'
+                for lr, begin in tried if _is_harmless(found, lr, begin)]
+    return (f'Freezing the statistics in mid-run did no harm in '
+            f'{len(harmless)} of {len(tried)} settings'
+            + (f' ({", ".join(harmless)}).' if harmless else '.'))
+
+
 def page(found: dict) -> str:
     """Write the page.
 

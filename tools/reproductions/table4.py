@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from mmengine.fileio import load
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,7 +63,7 @@ def read_rows(folder: Path = CONFIGS) -> list[dict]:
     models = {
         model['Config']: model
         for path in sorted(folder.glob('*/metafile.yml'))
-        for model in yaml.safe_load(path.read_text())['Models']
+        for model in load(path)['Models']
         if 'Table 4' in model['Metadata'].get('Figures From', '')
     }
     rows = []
@@ -374,8 +374,8 @@ def page(found: dict) -> str:
         counted one by one, and what is there all the time: parameters,
         buffers, momentum, images. FP16 is autocast in bfloat16 on a CPU,
         which has as many bytes. Where a row's batch is above
-        {max(found['batches'])}, what is saved is a line through batches of {batches}; ± is how far
-        the lines through two of them end from it.
+        {max(found['batches'])}, what is saved is a line through batches of
+        {batches}; ± is how far the lines through two of them end from it.
         """),
         paragraph("""
         The paper's figures stand in the `metafile.yml` beside the configs.
@@ -487,7 +487,8 @@ def explain_half(found: dict, rows: Sequence[dict]) -> list[str]:
     })
     here = fits[NAMES['MMEngine']]
     growth = here.per_image / paper.per_image
-    gap = (here.fixed - paper.fixed) / row['weights']
+    # Without the sign of a zero.
+    gap = round((here.fixed - paper.fixed) / row['weights'], 2) + 0
     probe = found['kept_per_weight']
     excess = {
         precision: probe[precision]['MMEngine'] - probe[precision]['Eval']

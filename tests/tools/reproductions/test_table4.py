@@ -1,0 +1,239 @@
+"""The page on the paper's Table 4, at a size of images that is quick."""
+import copy
+import json
+from pathlib import Path
+from unittest import mock
+
+import mmcv
+import pytest
+import yaml
+from mmengine.config import Config
+from reproductions import table4
+
+from mmtune import behaviours
+
+MIB = 2**20
+SMALL = 'retinanet_r50_fpn_tune-1x_coco'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def in_root():
+    """Configs are read from where the driver is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[3])
+        yield
+
+
+@pytest.fixture(scope='module')
+def measured():
+    # Every level of the FPN has several pixels.
+    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
+        found = table4.run(shape=(128, 160), batches=(2, ), names=[SMALL])
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+def row(name='a', batch=2, precision='FP32', gb=(2., 1.), steps=None,
+        weights=10 * MIB, **more):
+    """A row with totals in MiB by batch, in the order of the modes."""
+    return dict(
+        name=name,
+        config=f'configs/x/{name}_tune-1x_coco.py',
+        eval=f'configs/x/{name}_1x_coco.py',
+        model=more.get('model', name),
+        batch=batch,
+        precision=precision,
+        gb=list(gb),
+        ap=[30.25, 31.5],
+        weights=weights,
+        steps={
+            str(number): {
+                mode: dict(
+                    kept=0, peak=total * MIB - 7 * MIB, resident=7 * MIB)
+                for mode, total in zip(table4.MODES, totals)
+            }
+            for number, totals in (steps or {2: (4000, 3000, 2900)}).items()
+        })
+
+
+def half_rows(fixed, slope=100):
+    """A model at three batches; the paper saves 100 MiB an image less 40."""
+    steps = {
+        batch: (2000 + 500 * batch,
+                2000 + (500 - slope) * batch - fixed, 1000)
+        for batch in (1, 2, 3)
+    }
+    return [
+        row(f'r{batch}', batch, 'FP16', (9., 9. - (.1 * batch - .04)), steps,
+            model='r')
+        for batch in (2, 8, 16)
+    ]
+
+
+def found_of(rows, suspected=()):
+    return dict(
+        shape=[800, 1344],
+        batches=[1, 2, 3],
+        rows=list(rows),
+        suspected=list(suspected),
+        kept_per_weight=dict(
+            FP32=dict(Eval=0., MMEngine=4., Tune=0.),
+            FP16=dict(Eval=2., MMEngine=2., Tune=0.)),
+        autocast=dict(relu='bfloat16', norm='float32'))
+
+
+def test_rows_are_those_of_the_configs():
+    """The metafiles beside them say what the configs do."""
+    rows = table4.read_rows()
+    assert len({row['name'] for row in rows}) == 11
+    for entry in rows:
+        config = Config.fromfile(entry['config'])
+        assert config.train_dataloader.batch_size == entry['batch']
+        half = config.optim_wrapper.type == 'AmpOptimWrapper'
+        assert half == (entry['precision'] == 'FP16')
+        twin = Config.fromfile(entry['eval'])
+        assert twin.model == config.model
+        assert 'efficient_conv_bn_eval' not in twin
+    assert sorted((row['batch'], row['precision']) for row in rows) == sorted(
+        [(2, 'FP32')] * 7 + [(2, 'FP16'), (8, 'FP16')] + [(16, 'FP16')] * 2)
+
+
+def test_paper_figures_agree_with_each_other():
+    """The share that the paper prints is that of the two figures read."""
+    shares = {
+        model['Name']: model['Metadata'].get('Memory Saved (%)')
+        for path in Path('configs').glob('*/metafile.yml')
+        for model in yaml.safe_load(path.read_text())['Models']
+    }
+    for entry in table4.read_rows():
+        before, after = entry['gb']
+        assert 100 * (before - after) / before == pytest.approx(
+            shares[entry['name']], abs=.03)
+
+
+def test_unknown_rows_are_refused():
+    with pytest.raises(ValueError, match="no row 'nothing'; name some of"):
+        table4.run(names=['nothing'])
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_what_is_folded(measured):
+    """Eval keeps one more map a block; MMEngine keeps a folded weight."""
+    entry, = measured['rows']
+    assert entry['steps'].keys() == {'2'}
+    steps = entry['steps']['2']
+    # The output of each convolution of the stages that learn.
+    maps = 0
+    height, width = 128 // 4, 160 // 4
+    for planes, blocks in ((128, 4), (256, 6), (512, 3)):
+        small = height * width // 4
+        # The first 3 x 3 of a stage strides, the 1 x 1 before does not.
+        maps += planes * height * width + planes * small + 8 * planes * small
+        maps += (blocks - 1) * 6 * planes * small
+        height, width = height // 2, width // 2
+    saved = steps['Eval']['kept'] - steps['Tune']['kept']
+    # Coefficients are vectors.
+    assert saved == pytest.approx(4 * 2 * maps, rel=.02)
+    folded = steps['MMEngine']['kept'] - steps['Tune']['kept']
+    assert folded == pytest.approx(4 * entry['weights'], rel=.01)
+
+
+@pytest.mark.slow
+def test_the_row_in_question_is_run_as_both_models():
+    found = table4.run((64, 96), (1, ), names=[table4.SUSPECT])
+    entry, = found['rows']
+    suspected, = found['suspected']
+    assert entry['steps']['1'].keys() == {*table4.MODES}
+    assert suspected['steps']['1'].keys() == {*table4.PAPER}
+    assert suspected['eval'] == table4.SUSPECTED
+    assert 2.3e7 < suspected['weights'] < 2.4e7
+    assert 4.2e7 < entry['weights'] < 4.3e7
+
+
+def test_kept_per_weight():
+    found = table4.kept_per_weight()
+    expected = dict(
+        FP32=dict(Eval=0, MMEngine=4, Tune=0),
+        FP16=dict(Eval=2, MMEngine=2, Tune=0))
+    for precision, modes in expected.items():
+        assert found[precision] == pytest.approx(modes, abs=.01)
+
+
+def test_autocast_gives_halves_where_stated():
+    dtypes = table4.autocast_dtypes()
+    assert dtypes['convolution'] == dtypes['batch_norm'] == 'bfloat16'
+    assert dtypes['cross_entropy'] == 'float32'
+
+
+def test_savings_are_in_the_units_of_the_log():
+    entry = row(gb=(3.857, 3.003), steps={2: (4000, 3146, 3000)})
+    assert table4.paper_saving(entry) == pytest.approx(854 * MIB)
+    assert table4.saving(entry, 'MMEngine') == (854 * MIB, None)
+    assert table4.ratio(entry) == pytest.approx(1)
+    assert table4.eval_total(entry) == 4000 * MIB
+    assert table4.saved_text(entry, 'Tune') == '1000 (25.0%)'
+
+
+def test_savings_are_read_from_a_line():
+    steps = {1: (100, 90, 80), 2: (200, 180, 160), 3: (300, 270, 246)}
+    entry = row(batch=16, gb=(.4, .24), steps=steps)
+    saved, error = table4.saving(entry, 'MMEngine')
+    assert (saved, error) == pytest.approx((160 * MIB, 0))
+    # By hand: 20, 40, 54 give 17 an image and 4 on the line; 20 and 40, the
+    # farthest pair, give 320 where the line gives 276.
+    saved, error = table4.saving(entry, 'Tune')
+    assert saved == pytest.approx(276 * MIB)
+    assert error == pytest.approx(44 * MIB)
+    assert table4.eval_total(entry) == pytest.approx(1600 * MIB)
+
+
+@pytest.mark.parametrize('saves, close', [(1000, 'yes'), (1049, 'yes'),
+                                          (1051, 'no'), (949, 'no')])
+def test_verdict_of_a_row(saves, close):
+    entry = row(steps={2: (4000, 4000 - saves, 2000)})
+    assert table4.row_cells(entry)[7] == close
+    count = int(close == 'yes')
+    assert f'{count} of 1 rows in FP32' in table4.answer(found_of([entry]))
+
+
+def test_page_of_a_real_run(measured):
+    text = table4.page(measured)
+    assert '## FP16' not in text and 'suspected' not in text
+    assert text.count('bash tools/dist_train.sh') == 2
+    assert 'retinanet_r50_fpn_tune-1x_coco.py 8` | 36.47 | not run' in text
+
+
+@pytest.mark.parametrize('fixed, slope, says', [
+    (0, 100, 'differs by 4.00 bytes for each of those numbers, about what a '
+     'copy'),
+    (-40, 100, 'differs by 0.00 bytes for each of those numbers. Of'),
+    (0, 120, 'do not follow the paper in the feature maps'),
+])
+def test_page_splits_what_halves_save(fixed, slope, says):
+    found = found_of(half_rows(fixed, slope))
+    text = ' '.join(table4.page(found).split())
+    assert says in text
+    assert '| paper | 100.0 | -40.0 | -4.00 |' in text
+    assert f'| {slope}.0 | {fixed}.0 |' in text
+
+
+@pytest.mark.parametrize('saves, says', [
+    ((2000, 1000), "is a ResNet-50's"),
+    ((1000, 2000), 'the note in its metafile is wrong'),
+])
+def test_page_judges_the_row_in_question(saves, says):
+    both = [
+        row(table4.SUSPECT, steps={2: (4000, 4000 - saved, 0)})
+        for saved in saves
+    ]
+    both[1]['model'] = 'other'
+    text = ' '.join(table4.page(found_of(both[:1], both[1:])).split())
+    assert '## The row of Mask R-CNN R101' in text
+    assert says in text
+
+
+def test_plot(tmp_path):
+    found = found_of([row(), *half_rows(0)])
+    unchanged = copy.deepcopy(found)
+    table4.plot(found, tmp_path / 'a.png')
+    assert found == unchanged
+    assert mmcv.imread(tmp_path / 'a.png').shape[1] == 960
