@@ -39,7 +39,9 @@ BACKBONES = {
     'Res2Net-101': 'mmdet::res2net/faster-rcnn_res2net-101_fpn_2x_coco.py',
     'ResNeSt-50': 'mmdet::resnest/faster-rcnn_s50_fpn_syncbn-backbone+head_'
                   'ms-range-1x_coco.py',
-    'MobileNetV2': 'mmdet::yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
+    'MobileNetV2': 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py',
+    'MobileNetV2, LeakyReLU':
+    'mmdet::yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
     'Darknet-53': 'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py',
     'CSPDarknet-S': 'mmdet::yolox/yolox_s_8xb8-300e_coco.py',
     'CSPNeXt-S': 'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py',
@@ -193,9 +195,10 @@ def foretold(share: float, ratio: float) -> float:
         ratio (float): From :func:`maps_to_weights`.
 
     Returns:
-        float: Where a step takes what is kept, weights and momentum.
+        float: Where a step takes what is kept, and three times the weights:
+        themselves, their gradients, momentum.
     """
-    return share * ratio / (ratio + 2)
+    return share * ratio / (ratio + 3)
 
 
 def answer(found: dict) -> str:
@@ -328,12 +331,13 @@ def verdict(rows: Sequence[dict]) -> list[str]:
               for row in rows]
     parts.append(paragraph(f"""
         Two figures tell. With r for maps / weights and s for what is saved of
-        kept, s * r / (r + 2) is what is saved of all where a step takes the
-        maps, the weights and as much momentum: it is off by
+        kept, s * r / (r + 3) is what is saved of all where a step takes the
+        maps, the weights, gradients and momentum: it is off by
         {100 * max(errors):.1f} percentage points at most, by
         {100 * sum(errors) / len(errors):.1f} on average. So s is the limit
         for large images and batches, and for {CLAIM:.0%} r has to be at least
-        2 * {CLAIM:g} / (s - {CLAIM:g}).
+        3 * {CLAIM:g} / (s - {CLAIM:g}), or
+        {3 * CLAIM / (0.5 - CLAIM):.0f} where s is a half.
         """))
     never = [row for row in rows if kept_saved(row) <= CLAIM]
     if never:
@@ -344,10 +348,10 @@ def verdict(rows: Sequence[dict]) -> list[str]:
     small = [row for row in no if row not in never]
     if small:
         needed = [f'{row["name"]} {maps_to_weights(row):.1f} of '
-                  f'{2 * CLAIM / (kept_saved(row) - CLAIM):.1f}'
+                  f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}'
                   for row in small]
         parts.append(paragraph(f"""
-        Too few or too small images, by r here of r needed:
+        The others have too few or too small images, by r here of r needed:
         {', '.join(needed)}.
         """))
     return parts
@@ -368,13 +372,17 @@ def counts_text(rows: Sequence[dict]) -> str:
 def half_text(rows: Iterable[dict]) -> str:
     best = max(rows, key=kept_saved)
     return f"""At most s is {kept_saved(best):.1%} ({best['name']}): a block
-        keeps one map instead of two, and an activation that does not work in
-        place, or a blend of maps, keeps its own in either mode."""
+        keeps one map instead of two. Whatever else keeps a map does so in
+        either mode: an activation that does not work in place, a product or
+        a blend of maps, a head or a neck without BatchNorm."""
 
 
 def names(rows: Iterable[dict]) -> str:
-    return ', '.join(f'{row["name"]} ({row["setting"]}, {kept_saved(row):.1%})'
-                     for row in rows)
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row['name'], []).append(f'{kept_saved(row):.1%}')
+    return ', '.join(f'{name} ({", ".join(dict.fromkeys(shares))})'
+                     for name, shares in found.items())
 
 
 def plot(found: dict, path: Path) -> None:
@@ -388,26 +396,32 @@ def plot(found: dict, path: Path) -> None:
     axes = figure.subplots()
     rows = [row for row in found['rows']
             if 'error' not in row['modes']['Tune']]
+    points: dict[str, list[tuple[float, float]]] = {}
     for (setting, size), marker in zip(found['sizes'].items(), 'osD'):
-        part = [row for row in rows if row['setting'] == setting]
+        part = {
+            row['name']: (maps_to_weights(row), 100 * total_saved(row))
+            for row in rows if row['setting'] == setting
+        }
         batch, height, width = size
-        axes.plot([maps_to_weights(row) for row in part],
-                  [100 * total_saved(row) for row in part],
+        axes.plot([x for x, _ in part.values()],
+                  [y for _, y in part.values()],
                   marker,
+                  markersize=5,
                   label=f'{setting}, {batch} x 3 x {height} x {width}')
-        for row in part:
-            axes.annotate(
-                row['name'],
-                (maps_to_weights(row), 100 * total_saved(row)),
-                (3, 3),
-                textcoords='offset points',
-                fontsize=6)
+        for name, point in part.items():
+            points.setdefault(name, []).append(point)
+    for name, ends in points.items():
+        # One name for a backbone, beside the larger of its sizes.
+        axes.plot(*zip(*ends), color='gray', linewidth=0.5)
+        axes.annotate(
+            name, max(ends), (5, 0), textcoords='offset points', fontsize=6,
+            va='center')
     ratios = [maps_to_weights(row) for row in rows]
     curve = torch.logspace(*torch.tensor(
         [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
     axes.plot(curve, [100 * foretold(0.5, r) for r in curve.tolist()],
               color='gray', linewidth=1,
-              label='half of the maps, of maps + 2 x weights')
+              label='half of the maps, of maps + 3 x weights')
     axes.axhline(100 * CLAIM, color='black', linestyle='--', linewidth=1,
                  label=f'{CLAIM:.0%}')
     axes.set(xscale='log',

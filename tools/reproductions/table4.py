@@ -127,8 +127,8 @@ def run(shape: Sequence[int] = (800, 1344),
     todo: dict[str, set[int]] = {}
     for row in rows + suspected:
         model = str(load_config(row['eval']).model)
-        row['model'] = first.setdefault((model, row['precision']),
-                                        row)['eval']
+        same = first.setdefault((model, row['precision']), row)
+        row['model'] = f'{same["eval"]} in {row["precision"]}'
         todo.setdefault(row['model'], set()).update(
             [row['batch']] if row['batch'] <= max(batches) else batches)
     # The paper's question alone is asked of the suspected model.

@@ -93,14 +93,14 @@ def test_shares():
     assert architectures.maps_to_weights(entry) == 10
     assert architectures.kept_saved(entry) == pytest.approx(.4)
     assert architectures.total_saved(entry) == pytest.approx(.25)
-    assert architectures.foretold(.5, 2) == .25
+    assert architectures.foretold(.5, 3) == .25
     assert not architectures.reaches(entry)
 
 
 @pytest.mark.parametrize('rows, says, not_says', [
     ([row('big', (400, 200)), row('small', (20, 10))],
      ['in 1 of 2 (backbone, as in detection)', 'which one does is 40.0',
-      'which one does not is 2.0', 'small 2.0 of 8.0'], ['no r enough']),
+      'which one does not is 2.0', 'small 2.0 of 12.0'], ['no r enough']),
     ([row('big', (400, 200))], ['in 1 of 1'], ['does not is', 'Too few']),
     ([row('flat', (400, 300))], ['in 0 of 1', 'no r enough', 'flat ('],
      ['one does is', 'Too few']),
@@ -112,10 +112,10 @@ def test_verdict(rows, says, not_says):
 
 
 def test_verdict_says_how_well_shares_are_foretold():
-    # Foretold: 0.5 * 10 / 12 of all.
-    entry = row('a', (100, 50), (120, 80))
+    # Foretold: 0.5 * 10 / 13 of all, where it is 0.3.
+    entry = row('a', (100, 50), (120, 84))
     text = ' '.join(architectures.verdict([entry])[1].split())
-    assert 'off by 8.3 percentage points at most, by 8.3 on' in text
+    assert 'off by 8.5 percentage points at most, by 8.5 on' in text
 
 
 def test_page_shows_exceptions():

@@ -1,5 +1,6 @@
 """The page on the paper's Table 4, at a size of images that is quick."""
 import copy
+import functools
 import json
 from pathlib import Path
 from unittest import mock
@@ -147,6 +148,30 @@ def test_the_row_in_question_is_run_as_both_models():
     assert suspected['eval'] == table4.SUSPECTED
     assert 2.3e7 < suspected['weights'] < 2.4e7
     assert 4.2e7 < entry['weights'] < 4.3e7
+
+
+def test_models_that_differ_are_kept_apart(monkeypatch):
+    """A row and its precision decide what is run, and how often."""
+    ran = []
+
+    def measure(row, batch, mode, shape):
+        ran.append((row['eval'], row['precision'], batch, mode))
+        return len(ran)
+
+    monkeypatch.setattr(table4, 'measure', measure)
+    monkeypatch.setattr(table4, 'count_weights', lambda row: 1)
+    load = functools.cache(table4.load_config)
+    monkeypatch.setattr(table4, 'load_config', load)
+    found = table4.run()
+    assert len(set(ran)) == len(ran) == 7 * 3 + 9 + 9 + 6
+    for entry in found['rows'] + found['suspected']:
+        assert [*entry['steps']] == (
+            ['2'] if entry['batch'] == 2 else ['1', '2', '3'])
+        for batch, steps in entry['steps'].items():
+            for mode, number in steps.items():
+                path, *asked = ran[number - 1]
+                assert asked == [entry['precision'], int(batch), mode]
+                assert load(path).model == load(entry['eval']).model
 
 
 def test_kept_per_weight():
