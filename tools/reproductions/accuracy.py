@@ -529,11 +529,13 @@ def rounding_verdict(runs: Sequence[dict[str, Any]]) -> str:
     maps = {(run['mode'], run['seed']): run['mAP'] for run in runs}
     seed = next(seed for mode, seed in maps if mode == OTHER_THREADS)
     alone = maps[OTHER_THREADS, seed] - maps['Eval', seed]
+    reached = [value for (mode, _), value in maps.items() if mode == 'Eval']
     return (f'By the end, Tune and Eval are {size} Eval and itself with '
             f'another thread count ({ratio:.2g} times, by the median of the '
             'seeds). The thread count alone changes mAP by '
-            f'{alone:+.3f}: no single run can rank two modes closer than '
-            'that.')
+            f'{alone:+.3f}, the seed by up to '
+            f'{max(reached) - min(reached):.3f}: no single run can rank two '
+            'modes closer than that.')
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
