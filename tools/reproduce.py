@@ -165,8 +165,9 @@ def write_index(docs: Path) -> str:
                      module.answer(record['found']),
                      duration(record['seconds'])))
     total = paragraph(
-        f'All of it took {duration(seconds)} on {record["cpu"]} '
-        f'({record["cores"]} cores, no GPU).') if rows else ''
+        f'The runs took {duration(seconds)} together on {record["cpu"]} '
+        f'({record["cores"]} cores, no GPU), some of them while the machine '
+        'did other work.') if rows else ''
     parts = [INTRODUCTION, table(('page', 'what came out', 'time'), rows),
              total]
     if missing:
