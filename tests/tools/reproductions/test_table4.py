@@ -7,7 +7,7 @@ from unittest import mock
 
 import mmcv
 import pytest
-import yaml
+from mmengine import fileio
 from mmengine.config import Config
 from reproductions import table4
 
@@ -103,7 +103,7 @@ def test_paper_figures_agree_with_each_other():
     shares = {
         model['Name']: model['Metadata'].get('Memory Saved (%)')
         for path in Path('configs').glob('*/metafile.yml')
-        for model in yaml.safe_load(path.read_text())['Models']
+        for model in fileio.load(path)['Models']
     }
     for entry in table4.read_rows():
         before, after = entry['gb']
