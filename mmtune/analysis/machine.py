@@ -37,18 +37,25 @@ def describe_commit(folder: Path) -> str | None:
         folder (Path): Any folder of it.
 
     Returns:
-        str: As ``git describe`` does; None outside of a repository, or where
-        there is no git.
+        str: As ``git describe`` does, with ``'-dirty'`` where files differ
+        from the commit, those in ``docs`` aside, which figures are written
+        to; None outside of a repository, or where there is no git.
     """
     try:
-        return subprocess.run(
-            ['git', 'describe', '--always', '--dirty'],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True).stdout.strip()
+        commit = _git(folder, 'describe', '--always')
+        changes = _git(folder, 'status', '--porcelain', '--untracked-files=no',
+                       '--', ':(top)', ':(top,exclude)docs')
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f'{commit}-dirty' if changes else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(['git', *arguments],
+                          cwd=folder,
+                          capture_output=True,
+                          text=True,
+                          check=True).stdout.strip()
 
 
 def _cpu_model() -> str:
