@@ -152,7 +152,7 @@ def write_index(docs: Path) -> str:
     Returns:
         str: Markdown.
     """
-    rows, missing, seconds = [], [], 0
+    rows, missing, seconds, commits = [], [], 0, set()
     for name in NAMES:
         path = docs / f'reproduction/{name}.json'
         module = load(name)
@@ -161,13 +161,14 @@ def write_index(docs: Path) -> str:
             continue
         record = json.loads(path.read_text())
         seconds += record['seconds']
+        commits.add(record['commit'] or 'unknown')
         rows.append((f'[{module.TITLE}](reproduction/{name}.md)',
                      module.answer(record['found']),
                      duration(record['seconds'])))
     total = paragraph(
         f'The runs took {duration(seconds)} together on {record["cpu"]} '
-        f'({record["cores"]} cores, no GPU), some of them while the machine '
-        'did other work.') if rows else ''
+        f'({record["cores"]} cores, no GPU), at commit '
+        f'{", ".join(sorted(commits))}.') if rows else ''
     parts = [INTRODUCTION, table(('page', 'what came out', 'time'), rows),
              total]
     if missing:

@@ -85,6 +85,7 @@ def test_all_in_processes_of_their_own(pages, monkeypatch, tmp_path):
     index = (tmp_path / 'reproduction.md').read_text()
     assert 'One' in index and 'Two' in index
     assert 'Not run here' not in index
+    assert 'at commit abc.' in index
 
 
 def test_what_fails_is_named(pages, monkeypatch, tmp_path):
