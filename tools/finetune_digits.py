@@ -66,28 +66,34 @@ def load_data(size):
     return [TensorDataset(images[part], labels[part]) for part in parts]
 
 
+def data_options(size, batch_size):
+    """Tell a Runner what to train on, and how to test."""
+    train_set, test_set = load_data(size)
+
+    def loader(dataset, shuffle):
+        return dict(
+            dataset=dataset,
+            batch_size=batch_size,
+            sampler=dict(type='DefaultSampler', shuffle=shuffle),
+            collate_fn=dict(type='default_collate'))
+
+    return dict(
+        train_dataloader=loader(train_set, shuffle=True),
+        val_dataloader=loader(test_set, shuffle=False),
+        val_cfg=dict(),
+        val_evaluator=dict(type=Accuracy))
+
+
 def build_runner(mode, seed=0, epochs=3, lr=1e-4, size=64, batch_size=32,
                  weights='checkpoints/mobilenet_v2_imagenet.pth',
                  work_dir='work_dirs/digits', log_level='INFO'):
     """Set up a run, which ``train()`` starts."""
-    train_set, test_set = load_data(size)
     return Runner(
         # A dict, which the Runner builds after it has set the seed.
         model=dict(type=Classifier, weights=weights),
         work_dir=f'{work_dir}/{mode}',
-        train_dataloader=dict(
-            dataset=train_set,
-            batch_size=batch_size,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=dict(type='default_collate')),
-        val_dataloader=dict(
-            dataset=test_set,
-            batch_size=batch_size,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate')),
+        **data_options(size, batch_size),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        val_cfg=dict(),
-        val_evaluator=dict(type=Accuracy),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=lr)),
         param_scheduler=dict(
             type='CosineAnnealingLR',

@@ -8,11 +8,12 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from mmdet.models import MobileNetV2
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from rich.console import Console
+
+from tests.tools.synthetic import fill, shorten
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,26 +185,8 @@ def test_picture_shows_annotations_and_sure_detections(tmp_path, score, drawn):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder where data and weights are there, and training is short."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    download_dataset = load_tool('misc/download_dataset.py')
-    trees = tmp_path / 'data/trees'
-    image = np.random.default_rng(0).integers(
-        0, 255, (128, 256, 3), dtype=np.uint8)
-    windows = download_dataset.grid_windows(256, 128, 2, 1)
-    for split in ('train', 'val'):
-        download_dataset.write_crops(
-            image, np.array([[20, 30, 60, 70], [180, 50, 220, 90]]), windows,
-            1.0, trees, split)
-    download_dataset.write_checksums(trees)
-    demo.WEIGHTS.parent.mkdir()
-    torch.save(dict(state_dict=MobileNetV2().state_dict()), demo.WEIGHTS)
-    for mode, path in demo.MODES.items():
-        short = tmp_path / path.name
-        short.write_text(f'_base_ = [{str(path)!r}]\n'
-                         'train_cfg = dict(max_iters=3, val_interval=3)\n'
-                         'default_hooks = dict(checkpoint=dict(interval=3))\n')
-        monkeypatch.setitem(demo.MODES, mode, short)
+    fill(tmp_path, monkeypatch, crops=2)
+    shorten(demo.MODES, tmp_path, monkeypatch, iterations=3)
     return demo.WORK_DIR
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
-from mmtune.analysis.timing import interleaved_seconds, quartiles
-from reproductions.material import fetch_weights
+from mmtune.analysis.timing import quartiles
+from reproductions.material import fetch_weights, measure_in_turns
 from reproductions.pages import mean_spread, mib, paragraph, table, track
 
 TITLE = 'Classification'
@@ -121,18 +121,10 @@ def measure_steps(modes: Sequence[str], batch_size: int, size: int,
     steps = {
         mode: DigitsStep(mode, batch_size, size, weights) for mode in modes
     }
-    # Takes also the first step of each, which creates the optimizer's state.
-    timed = list(interleaved_seconds(steps, rounds))
-    peaks = {}
-    for mode, step in steps.items():
-        with peak_bytes() as memory:
-            step()
-        peaks[mode] = memory.peak
     return dict(
         batch_size=batch_size,
         size=size,
-        peak=peaks,
-        seconds={mode: [round_[mode] for round_ in timed] for mode in modes})
+        **measure_in_turns(steps, rounds))
 
 
 def count_training(mode: str, batch_size: int, size: int,

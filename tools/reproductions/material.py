@@ -1,4 +1,5 @@
-"""Pretrained weights and real images that several pages start from."""
+"""Weights and images that several pages start from, and how they measure."""
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
@@ -8,7 +9,9 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmtune import behaviours
+from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
+from mmtune.analysis.timing import interleaved_seconds
 
 
 def fetch_weights() -> str:
@@ -69,3 +72,27 @@ def put_in_folding_mode(model: nn.Module, mode: str) -> None:
     """
     with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_mode(model, mode)
+
+
+def measure_in_turns(steps: Mapping[str, Callable[[], object]],
+                     rounds: int) -> dict[str, dict]:
+    """Time steps in turns, then count the memory of each.
+
+    Args:
+        steps (Mapping[str, Callable]): What to take, by mode.
+        rounds (int): How many steps to time in each mode.
+
+    Returns:
+        dict[str, dict]: By mode the ``peak`` in bytes, and the ``seconds``
+        of each round.
+    """
+    # Takes also the first step of each, which creates an optimizer's state.
+    timed = list(interleaved_seconds(steps, rounds))
+    peak = {}
+    for mode, step in steps.items():
+        with peak_bytes() as memory:
+            step()
+        peak[mode] = memory.peak
+    return dict(
+        peak=peak,
+        seconds={mode: [round_[mode] for round_ in timed] for mode in steps})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from finetune_digits import Accuracy, load_data
+from finetune_digits import data_options, load_data
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune import turn_on
-from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
-from mmtune.analysis.timing import interleaved_seconds, quartiles
+from mmtune.analysis.timing import quartiles
+from reproductions.material import measure_in_turns
 from reproductions.pages import mean_spread, mib, paragraph, table, track
 
 TITLE = 'Training from scratch'
@@ -114,8 +114,9 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
         ``accuracy``, and the mean training ``loss`` of the epoch, None where
         it is not a number.
     """
-    train_set, test_set = load_data(size)
-    steps = math.ceil(len(train_set) / batch_size)
+    data = data_options(size, batch_size)
+    steps = math.ceil(
+        len(data['train_dataloader']['dataset']) / batch_size)
     if begin is None:
         hooks = []
     elif mode == 'Eval':
@@ -128,19 +129,8 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
     runner = Runner(
         model=dict(type=SmallResNet),
         work_dir=f'{work_dir}/{lr:g}-{begin}-{mode}-{seed}',
-        train_dataloader=dict(
-            dataset=train_set,
-            batch_size=batch_size,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=dict(type='default_collate')),
-        val_dataloader=dict(
-            dataset=test_set,
-            batch_size=batch_size,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate')),
+        **data,
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        val_cfg=dict(),
-        val_evaluator=dict(type=Accuracy),
         optim_wrapper=dict(
             optimizer=dict(
                 type='SGD', lr=lr, momentum=0.9, weight_decay=5e-4)),
@@ -192,15 +182,7 @@ def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
             model(*batch, mode='loss')['loss'].backward()
 
         steps[mode] = step
-    timed = list(interleaved_seconds(steps, rounds))
-    peak = {}
-    for mode, step in steps.items():
-        with peak_bytes() as memory:
-            step()
-        peak[mode] = memory.peak
-    return dict(
-        peak=peak,
-        seconds={mode: [round_[mode] for round_ in timed] for mode in steps})
+    return measure_in_turns(steps, rounds)
 
 
 def run(lrs: Sequence[float] = (0.05, 0.01),

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import demo
 import mmcv
-import numpy as np
 import pytest
-import torch
-from misc import download_dataset
-from mmdet.models import MobileNetV2
 from reproductions import accuracy
+
+from tests.tools.synthetic import fill, shorten
 
 ROOT = Path(__file__).parents[3]
 
@@ -135,25 +133,8 @@ def test_plot(tmp_path):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder where data and weights are there, and training is short."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    trees = tmp_path / 'data/trees'
-    image = np.random.default_rng(0).integers(
-        0, 255, (64, 128, 3), dtype=np.uint8)
-    windows = download_dataset.grid_windows(128, 64, 2, 1)
-    for split in ('train', 'val'):
-        download_dataset.write_crops(
-            image, np.array([[20, 10, 40, 40], [80, 10, 110, 50]]), windows,
-            1.0, trees, split)
-    download_dataset.write_checksums(trees)
-    demo.WEIGHTS.parent.mkdir()
-    torch.save(dict(state_dict=MobileNetV2().state_dict()), demo.WEIGHTS)
-    for mode, path in demo.MODES.items():
-        short = tmp_path / path.name
-        short.write_text(f'_base_ = [{str(path)!r}]\n'
-                         'train_cfg = dict(max_iters=2, val_interval=2)\n'
-                         'default_hooks = dict(checkpoint=dict(interval=2))\n')
-        monkeypatch.setitem(demo.MODES, mode, short)
+    fill(tmp_path, monkeypatch, crops=2, size=64)
+    shorten(demo.MODES, tmp_path, monkeypatch, iterations=2)
     return tmp_path
 
 

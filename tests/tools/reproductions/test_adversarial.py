@@ -11,7 +11,7 @@ from reproductions import adversarial
 from reproductions.adversarial import RADIUS, STEP_SIZE, Attack, Target
 from torch import nn
 
-from tests.tools.reproductions.synthetic import fill
+from tests.tools.synthetic import fill
 
 
 @pytest.fixture(scope='module')

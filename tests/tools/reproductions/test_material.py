@@ -4,7 +4,7 @@ import torch
 from reproductions import material
 
 from tests.oracle import runs
-from tests.tools.reproductions.synthetic import fill
+from tests.tools.synthetic import fill
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import copy
 import json
 
+import finetune_digits
 import mmcv
 import pytest
 import torch
@@ -16,12 +17,13 @@ def found(tmp_path_factory):
         # conftest.py does so for each test, but not for this fixture.
         patch.setattr(behaviours, 'SMALL_MAP', 0)
         patch.setattr(behaviours, 'SMALL_SHARE', 0)
-        stock = scratch.load_data
-        patch.setattr(
-            scratch, 'load_data', lambda size: [
-                torch.utils.data.TensorDataset(*part[:40])
-                for part in stock(size)
-            ])
+        stock = finetune_digits.load_data
+        for module in (scratch, finetune_digits):
+            patch.setattr(
+                module, 'load_data', lambda size: [
+                    torch.utils.data.TensorDataset(*part[:40])
+                    for part in stock(size)
+                ])
         found = scratch.run(
             lrs=(0.01, 1e9),
             begins=(0, 1, None),

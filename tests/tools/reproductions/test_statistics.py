@@ -8,7 +8,7 @@ import torch
 from reproductions import statistics
 from torch import nn
 
-from tests.tools.reproductions.synthetic import fill
+from tests.tools.synthetic import fill
 
 
 @pytest.fixture(scope='module')

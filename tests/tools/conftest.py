@@ -2,4 +2,4 @@ import sys
 from pathlib import Path
 
 # As where tools/reproduce.py is started.
-sys.path.append(str(Path(__file__).parents[3] / 'tools'))
+sys.path.append(str(Path(__file__).parents[2] / 'tools'))
