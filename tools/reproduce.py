@@ -92,7 +92,7 @@ def measure(name: str, folder: Path) -> None:
     """
     # MMEngine tells every parameter's learning rate as a matter of course.
     MMLogger.get_instance('reproduce', log_level='WARNING')
-    # At the start: the repository may change in mid-run, this code does not.
+    # At the start: later the repository may have changed.
     record = dict(
         command=f'python tools/reproduce.py {name}',
         **describe_machine(),

@@ -125,7 +125,10 @@ def plot_steps(results: Sequence[Mapping[str, Any]],
 
 def _title(found: Mapping[str, Any]) -> str:
     height, width = found['shape']
-    words = [Path(found['source']).stem, f'{height} x {width}']
+    source = found['source']
+    # A config, or module:callable.
+    name = Path(source).stem if source.endswith('.py') else source
+    words = [name, f'{height} x {width}']
     if 'batches' not in found:
         words.append(f'batch {found["batch_size"]}')
     if found['amp']:

@@ -19,8 +19,9 @@ import demo
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from rich.progress import Progress
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_rel
 
+from mmtune.analysis.machine import describe_commit
 from reproductions.material import fetch_trees, fetch_weights
 from reproductions.pages import mean_spread, paragraph, table
 
@@ -46,19 +47,22 @@ MODES: dict[str, tuple[str, Mapping[str, Any]]] = {
         'efficient_conv_bn_eval.mode': 'Deploy'
     }),
     'Train, from scratch': ('Eval', NORM_TRAINS | NOT_PRETRAINED),
+    'Eval, from scratch': ('Eval', NOT_PRETRAINED),
 }
 OTHER_THREADS = 'Eval, two threads'
-# A difference that chance makes more often than this is not told.
-SIGNIFICANT = 0.05
+# How sure an interval is that holds the true mean difference.
+CONFIDENCE = 0.95
 # With what a mode is compared, and what the paper says of it.
 CLAIMS = {
-    'Tune': ('Eval', 'The paper has them equal.'),
+    'Tune': ('Eval', 'In the paper mAP differs by at most 0.003.'),
     'Deploy': ('Eval', 'The paper calls it unstable to train; '
                '[mechanism.md](mechanism.md) looks for when it is.'),
     'Train': ('Eval', 'The paper counts most configs of detectors that are '
               'fine-tuned as running in Eval.'),
     'Train, from scratch': ('Train', 'This is what the ImageNet weights are '
-                            'worth here.'),
+                            'worth by this recipe.'),
+    'Eval, from scratch': ('Train, from scratch', 'The paper calls Train the '
+                           'only way from scratch.'),
 }
 
 
@@ -168,6 +172,7 @@ class Trainer:
         self.jobs = [(t, t.load_config()) for t in trainings]
         total = sum(config.train_cfg.max_iters for _, config in self.jobs)
         self.task = self.progress.add_task('Train', total=total)
+        self.commit = describe_commit(demo.TOOLS)
         self.processes: set[subprocess.Popen] = set()
         self.stopped = threading.Event()
 
@@ -191,7 +196,7 @@ class Trainer:
                 raise
 
     def train(self, training: Training, config: Config) -> None:
-        """Train one, unless a run of this very config was completed.
+        """Train one, unless this very code has completed it.
 
         Args:
             training (Training): What to train.
@@ -200,7 +205,7 @@ class Trainer:
         Raises:
             RuntimeError: If it fails.
         """
-        if demo.is_finished(training.folder, config):
+        if self.is_finished(training, config):
             self.progress.advance(self.task, config.train_cfg.max_iters)
             return
         shutil.rmtree(training.folder, ignore_errors=True)
@@ -219,13 +224,30 @@ class Trainer:
                                f'status {process.returncode}:\n{end}')
         # Written last: a run without it was interrupted.
         (training.folder / 'run.json').write_text(
-            json.dumps(dict(config=config.pretty_text)))
+            json.dumps(dict(config=config.pretty_text, commit=self.commit)))
         self.progress.console.print(f'{training.name}: finished')
+
+    def is_finished(self, training: Training, config: Config) -> bool:
+        """Tell whether a run need not be repeated.
+
+        Args:
+            training (Training): What to train.
+            config (Config): Its config.
+
+        Returns:
+            bool: Whether it was completed, at the same commit.
+        """
+        if not demo.is_finished(training.folder, config):
+            return False
+        record = json.loads((training.folder / 'run.json').read_text())
+        # Nobody knows what is in a changed tree.
+        known = self.commit and not self.commit.endswith('-dirty')
+        return bool(known) and record.get('commit') == self.commit
 
 
 def run(modes: Sequence[str] = tuple(MODES),
         seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
-    """Train in each mode from each seed; finished runs are reused.
+    """Train in each mode from each seed; this commit's runs are reused.
 
     Args:
         modes (Sequence[str]): Names from :data:`MODES`, ``'Eval'`` and
@@ -309,15 +331,16 @@ def page(found: dict[str, Any]) -> str:
         GroupNorm. A seed stands for the same initial head and the same
         batches in every mode. "From scratch" leaves the ImageNet weights out
         and changes nothing else, not even that the backbone learns at a tenth
-        of the learning rate. What becomes of Eval from scratch, where the
-        BatchNorms never normalize, is on the page [scratch](scratch.md).
+        of the learning rate. In Eval from scratch the BatchNorms never
+        normalize; the page [scratch](scratch.md) has more of that.
         """),
         accuracy_table(by_mode),
-        paragraph("""
+        paragraph(f"""
         Mean and sample standard deviation over the seeds. The loss is the
-        mean of the last tenth of the iterations. The last column is the
-        difference of the means of mAP, and how likely chance alone makes one
-        as large (Welch's t-test; few seeds can tell large differences only).
+        mean of the last tenth of the iterations. Differences are means over
+        the seeds, each of which starts alike in all modes; in brackets their
+        {CONFIDENCE:.0%} confidence interval (paired t-test), which is wide
+        with few seeds.
         """), *map(paragraph, verdicts(by_mode)), '## Loss curves',
         difference_table(found['runs']),
         paragraph("""
@@ -388,9 +411,7 @@ def accuracy_table(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> str:
         finite = [loss for loss in losses if loss is not None]
         loss = mean_spread(finite) if len(finite) == len(
             losses) else f'not finite in {len(losses) - len(finite)} runs'
-        difference, p = compare(by_mode, mode, 'Eval')
-        against = f'{difference:+.3f}' + ('' if p is None else
-                                          f' (p = {p:.2g})')
+        against = difference_text(*compare(by_mode, mode, 'Eval'))
         rows.append([
             mode,
             mean_spread([run['mAP'] for run in runs]),
@@ -401,8 +422,8 @@ def accuracy_table(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def compare(by_mode: Mapping[str, Sequence[dict[str, Any]]], mode: str,
-            other: str) -> tuple[float, float | None]:
-    """Compare the mAP of two modes.
+            other: str) -> tuple[float, tuple[float, float] | None]:
+    """Compare the mAP of two modes, seed by seed.
 
     Args:
         by_mode (Mapping[str, Sequence[dict[str, Any]]]): From
@@ -411,16 +432,26 @@ def compare(by_mode: Mapping[str, Sequence[dict[str, Any]]], mode: str,
         other (str): What it is compared with.
 
     Returns:
-        tuple[float, float | None]: The difference of the means; and the
-        p-value of Welch's t-test, None where there is nothing to test: one
-        seed, or all values alike.
+        tuple[float, tuple[float, float] | None]: The mean difference, and
+        the ends of its confidence interval, by the paired t-test; None where
+        there is none: one seed, or all differences alike.
     """
     values, others = ([run['mAP'] for run in by_mode[name]]
                       for name in (mode, other))
-    difference = statistics.mean(values) - statistics.mean(others)
-    if len(values) < 2 or len({*values, *others}) == 1:
-        return difference, None
-    return difference, float(ttest_ind(values, others, equal_var=False).pvalue)
+    differences = [a - b for a, b in zip(values, others)]
+    mean = statistics.mean(differences)
+    if len(set(differences)) == 1:
+        return mean, None
+    interval = ttest_rel(values, others).confidence_interval(CONFIDENCE)
+    return mean, (float(interval.low), float(interval.high))
+
+
+def difference_text(mean: float, interval: tuple[float, float] | None) -> str:
+    """Write down what :func:`compare` returns."""
+    if interval is None:
+        return f'{mean:+.3f}'
+    low, high = interval
+    return f'{mean:+.3f} ({low:+.3f} to {high:+.3f})'
 
 
 def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
@@ -437,15 +468,16 @@ def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     for mode, (other, claim) in CLAIMS.items():
         if not {mode, other} <= by_mode.keys():
             continue
-        difference, p = compare(by_mode, mode, other)
-        if p is None:
-            told = 'which these runs cannot tell from chance'
-        elif p >= SIGNIFICANT:
-            told = f'which may be chance (p = {p:.2f})'
+        mean, interval = compare(by_mode, mode, other)
+        if interval is None:
+            told = 'of which these runs cannot say how sure it is'
+        elif interval[0] <= 0 <= interval[1]:
+            told = ('too little to tell from none; a difference outside of '
+                    'the interval is unlikely')
         else:
-            told = f'which is hardly chance (p = {p:.2g})'
-        texts.append(f'**{mode}** against {other}: {difference:+.3f} mAP, '
-                     f'{told}. {claim}')
+            told = 'which is hardly chance'
+        texts.append(f'**{mode}** against {other}: '
+                     f'{difference_text(mean, interval)} mAP, {told}. {claim}')
     return texts
 
 
@@ -529,13 +561,19 @@ def rounding_verdict(runs: Sequence[dict[str, Any]]) -> str:
     maps = {(run['mode'], run['seed']): run['mAP'] for run in runs}
     seed = next(seed for mode, seed in maps if mode == OTHER_THREADS)
     alone = maps[OTHER_THREADS, seed] - maps['Eval', seed]
-    reached = [value for (mode, _), value in maps.items() if mode == 'Eval']
+    by_mode = group(runs)
+    spreads = {
+        mode: max(values) - min(values)
+        for mode, values in ((mode, [run['mAP'] for run in by_mode[mode]])
+                             for mode in by_mode)
+    }
+    widest = max(spreads, key=spreads.__getitem__)
     return (f'By the end, Tune and Eval are {size} Eval and itself with '
             f'another thread count ({ratio:.2g} times, by the median of the '
             'seeds). The thread count alone changes mAP by '
-            f'{alone:+.3f}, the seed by up to '
-            f'{max(reached) - min(reached):.3f}: no single run can rank two '
-            'modes closer than that.')
+            f'{alone:+.3f}, the seed by up to {spreads["Eval"]:.3f} in Eval '
+            f'and {spreads[widest]:.3f} in {widest}: no single run can rank '
+            'two modes closer than that.')
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

@@ -413,15 +413,18 @@ def plot(found: dict, path: Path) -> None:
     for name, ends in points.items():
         # One name for a backbone, beside the larger of its sizes.
         axes.plot(*zip(*ends), color='gray', linewidth=0.5)
+        above = is_crowded(max(ends), sum(points.values(), []))
         axes.annotate(
-            name, max(ends), (5, 0), textcoords='offset points', fontsize=6,
-            va='center')
+            name, max(ends), (0, 5) if above else (5, 0),
+            textcoords='offset points', fontsize=6,
+            ha='center' if above else 'left',
+            va='bottom' if above else 'center')
     ratios = [maps_to_weights(row) for row in rows]
     curve = torch.logspace(*torch.tensor(
         [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
     axes.plot(curve, [100 * foretold(0.5, r) for r in curve.tolist()],
               color='gray', linewidth=1,
-              label='half of the maps, of maps + 3 x weights')
+              label='half of the maps saved, 3 x weights kept')
     axes.axhline(100 * CLAIM, color='black', linestyle='--', linewidth=1,
                  label=f'{CLAIM:.0%}')
     axes.set(xscale='log',
@@ -429,3 +432,19 @@ def plot(found: dict, path: Path) -> None:
              ylabel='saved by Tune of all memory of a step (%)')
     figure.legend(loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def is_crowded(point: tuple[float, float],
+               points: Iterable[tuple[float, float]]) -> bool:
+    """Tell whether there is no room for a name on the right of a point.
+
+    Args:
+        point (tuple[float, float]): Maps / weights, and the share in percent.
+        points (Iterable[tuple[float, float]]): All that are plotted.
+
+    Returns:
+        bool: Whether one of them is about where the name would be.
+    """
+    x, y = point
+    return any(1 < other_x / x < 1.8 and abs(other_y - y) < 0.45
+               for other_x, other_y in points)

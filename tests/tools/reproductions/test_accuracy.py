@@ -75,31 +75,31 @@ def test_table():
         text)
 
 
-def test_welch():
-    """Worked by hand: means 2 and 5, variances 1, so t = -3.674, df = 4."""
+def test_paired_interval():
+    """Worked by hand: mean -3, standard error 1 / sqrt(3), t(2) = 4.3027."""
     by_mode = accuracy.group(
-        made_up(dict(Tune=[1, 2, 3], Eval=[4, 5, 6]))['runs'])
-    difference, p = accuracy.compare(by_mode, 'Tune', 'Eval')
-    assert difference == -3
-    # The distribution function of t with four degrees of freedom.
-    x = 4 / (4 + 13.5)
-    assert p == pytest.approx(1 - (1 + x / 2) * math.sqrt(1 - x), rel=1e-6)
+        made_up(dict(Tune=[1, 2, 3], Eval=[5, 5, 5]))['runs'])
+    mean, interval = accuracy.compare(by_mode, 'Tune', 'Eval')
+    assert mean == -3
+    reach = 4.302653 / math.sqrt(3)
+    assert interval == pytest.approx((-3 - reach, -3 + reach), rel=1e-6)
 
 
 @pytest.mark.parametrize('tune, says', [
-    ([0.11, 0.12, 0.13], 'which may be chance'),
-    ([0.31, 0.32, 0.33], 'which is hardly chance'),
+    ([0.11, 0.13, 0.12],
+     '+0.010 (+0.010 to +0.010) mAP, which is hardly chance'),
+    ([0.11, 0.12, 0.13],
+     '+0.010 (-0.015 to +0.035) mAP, too little to tell from none'),
+    ([0.31, 0.32, 0.33], '+0.210 (+0.185 to +0.235) mAP, which is hardly'),
+    ([0.1, 0.12, 0.11], '+0.000 mAP, of which these runs cannot say'),
 ])
 def test_what_the_page_says_of_accuracies(tune, says):
-    assert f'**Tune** against Eval: +0.{tune[0] > .3 and 21 or "01"}' in say(
-        made_up(dict(Tune=tune)))
-    assert says in say(made_up(dict(Tune=tune)))
+    text = say(made_up(dict(Tune=tune)))
+    assert f'**Tune** against Eval: {says}' in text
 
 
-def test_one_seed_and_equal_runs_tell_nothing():
-    assert 'cannot tell from chance' in say(made_up(seeds=(3, )))
-    equal = {mode: [0.1] * 3 for mode in accuracy.MODES}
-    assert 'cannot tell from chance' in say(made_up(equal))
+def test_one_seed_tells_nothing():
+    assert 'these runs cannot say' in say(made_up(seeds=(3, )))
 
 
 @pytest.mark.parametrize('tune, threads, says', [
@@ -140,6 +140,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_run(place, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, 'describe_commit', lambda folder: 'abc')
     modes = ('Eval', 'Tune', 'Deploy')
     found = accuracy.run(modes, seeds=(0, ))
     shown = capsys.readouterr().out
@@ -165,6 +166,12 @@ def test_run(place, monkeypatch, capsys):
     (accuracy.WORK_DIR / 'tune_seed-0/run.json').unlink()
     accuracy.run(modes, seeds=(0, ))
     assert started == ['Tune']
+    # So is all that other code has made, or code that nobody knows.
+    for commit in ('def', 'abc-dirty', None):
+        monkeypatch.setattr(accuracy, 'describe_commit',
+                            lambda _, commit=commit: commit)
+        trainer = accuracy.Trainer(accuracy.list_trainings(modes, (0, )))
+        assert not any(trainer.is_finished(*job) for job in trainer.jobs)
 
 
 @pytest.mark.slow
