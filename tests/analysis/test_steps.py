@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from mmtune.analysis import steps
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.steps import Step, difference
 from mmtune.analysis.workloads import Workload, image_workload
@@ -164,6 +165,39 @@ def test_autocast_keeps_halves():
     expected, stock = full.gradients()
     assert loss == pytest.approx(expected, rel=.02)
     assert 1e-6 < difference(gradients, stock) < .1
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_products_without_kernels_of_bfloat16(amp, monkeypatch):
+    """They are computed in float32, but take and give what they would."""
+
+    class Net(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.linear = nn.Linear(8, 4)
+            self.last = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            x = self.conv(x).relu().mean(dim=(2, 3))
+            return self.last(self.linear(x))
+
+    def measure(has_kernels):
+        monkeypatch.setattr(steps, 'has_bfloat16_kernels',
+                            lambda: has_kernels)
+        torch.manual_seed(0)
+        step = Step(Net(), image_workload((32, 32), 2), amp=amp)
+        return step.memory(), step.gradients()
+
+    memory, (loss, gradients) = measure(False)
+    expected_memory, (expected, stock) = measure(True)
+    assert memory == expected_memory
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert {name: g.dtype for name, g in gradients.items()} == {
+        name: g.dtype for name, g in stock.items()
+    }
+    assert difference(gradients, stock) < (1e-2 if amp else 1e-6)
 
 
 class Align(nn.Module):

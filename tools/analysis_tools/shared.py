@@ -24,7 +24,7 @@ from mmtune.analysis.sources import (
     load_config,
     tune_options,
 )
-from mmtune.analysis.steps import GRADIENTS
+from mmtune.analysis.steps import GRADIENTS, has_bfloat16_kernels
 from mmtune.analysis.workloads import (
     Workload,
     detection_workload,
@@ -101,7 +101,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         '--amp',
         action='store_true',
         help='run under autocast: in float16 on a GPU, on a CPU in bfloat16, '
-        'which is as large')
+        'which is as large'
+        + ('' if has_bfloat16_kernels() else
+           '; this CPU computes it in float32, so that times say nothing'))
     parser.add_argument(
         '--grad-to',
         choices=GRADIENTS,

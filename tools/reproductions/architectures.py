@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmtune.analysis.modes import put_in_mode, randomize_new_norms
 from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
-from mmtune.analysis.workloads import detection_workload, image_workload
-from reproductions.pages import mib, paragraph, table, track
+from mmtune.analysis.workloads import (
+    Workload,
+    detection_workload,
+    image_workload,
+)
+from reproductions.material import in_processes
+from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory across architectures'
 QUESTION = paragraph("""
@@ -60,18 +66,22 @@ DETECTORS = {
 DETECTION, CLASSIFICATION, WHOLE = (
     'backbone, as in detection', 'backbone, as in classification',
     'whole detector')
+# Why a mode rewrites nothing.
+NO_NORM = 'no BatchNorm'
 
 
-def run(detection: Sequence[int] = (2, 384, 672),
-        classification: Sequence[int] = (8, 224, 224),
+def run(detection: Sequence[int] = (2, 800, 1344),
+        classification: Sequence[int] = (32, 224, 224),
+        whole: Sequence[int] = (2, 384, 672),
         backbones: Sequence[str] = tuple(BACKBONES),
         detectors: Sequence[str] = tuple(DETECTORS)) -> dict:
     """Count the memory of a step of each architecture in each mode.
 
     Args:
-        detection (Sequence[int]): Batch, height and width of the images of
-            detectors.
-        classification (Sequence[int]): The same of classifiers.
+        detection (Sequence[int]): Batch, height and width of the images for
+            backbones of detectors.
+        classification (Sequence[int]): The same as for classifiers.
+        whole (Sequence[int]): The same for whole detectors.
         backbones (Sequence[str]): Names in ``BACKBONES``.
         detectors (Sequence[str]): Names in ``DETECTORS``.
 
@@ -80,28 +90,44 @@ def run(detection: Sequence[int] = (2, 384, 672),
         and by mode the bytes, or the exception where it cannot be.
     """
     sizes = {DETECTION: detection, CLASSIFICATION: classification,
-             WHOLE: detection}
+             WHOLE: whole}
     todo = [(name, setting) for name in backbones
             for setting in (DETECTION, CLASSIFICATION)]
     todo += [(name, WHOLE) for name in detectors]
-    rows = []
-    for name, setting in track(todo, 'architectures'):
-        config, model = build(name, setting)
-        batch, *shape = sizes[setting]
-        parameters = sum(p.nbytes for p in model.parameters())
-        rows.append(
-            dict(
-                name=name,
-                setting=setting,
-                parameters=parameters,
-                modes={
-                    mode: measure(config, model, mode, batch, shape,
-                                  setting == WHOLE)
-                    for mode in MODES
-                }))
     return dict(
         sizes={setting: list(size) for setting, size in sizes.items()},
-        rows=rows)
+        rows=in_processes(measure, [(*task, sizes[task[1]]) for task in todo],
+                          'architectures'))
+
+
+def measure(name: str, setting: str, size: Sequence[int],
+            device: str = 'meta') -> dict:
+    """Take a step of an architecture in each mode.
+
+    Args:
+        name (str): See :func:`build`.
+        setting (str): See :func:`build`.
+        size (Sequence[int]): Batch, height and width of the images.
+        device (str): Where to run a backbone. Defaults to 'meta', where
+            tensors have a size and no content. Whole detectors run on the
+            CPU: what they keep depends on what they see.
+
+    Returns:
+        dict: The name, the setting, the bytes of the ``parameters``, and
+        what each of the ``modes`` takes, see :func:`take_step`.
+    """
+    config, model = build(name, setting)
+    batch, height, width = size
+    if setting == WHOLE:
+        workload = detection_workload(config, model, (height, width), batch)
+    else:
+        model.to(device)
+        workload = image_workload((height, width), batch, device)
+    return dict(
+        name=name,
+        setting=setting,
+        parameters=sum(p.nbytes for p in model.parameters()),
+        modes={mode: take_step(model, mode, workload) for mode in MODES})
 
 
 def build(name: str, setting: str) -> tuple[Any, nn.Module]:
@@ -133,32 +159,31 @@ def build(name: str, setting: str) -> tuple[Any, nn.Module]:
     return config, model
 
 
-def measure(config: Any, stock: nn.Module, mode: str, batch: int,
-            shape: Sequence[int], whole: bool) -> dict:
+def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
     """Take a step in a mode.
 
     Args:
-        config (Config): Of the model.
         stock (nn.Module): Is left as it is.
         mode (str): One of ``MODES``.
-        batch (int): Images.
-        shape (Sequence[int]): Height and width.
-        whole (bool): Whether the model is a detector.
+        workload (Workload): What to compute.
 
     Returns:
-        dict: Bytes ``kept`` for backward, ``peak`` and ``resident``; or the
-        ``error`` that putting it into the mode raises.
+        dict: Bytes ``kept`` for backward, ``peak`` and ``resident``, and, of
+        mmtune's modes, the number of blocks ``left_out``; or the ``error``,
+        why the model cannot be put into the mode.
     """
+    norms = [m for m in stock.modules() if isinstance(m, _BatchNorm)]
+    if not norms and mode in ('Tune', 'Deploy'):
+        return dict(error=NO_NORM)
     model = copy.deepcopy(stock)
-    height, width = shape
     try:
-        put_in_mode(model, mode)
+        report = put_in_mode(model, mode)
     except Exception as error:  # MMEngine's rewrite raises of many classes
         return dict(error=type(error).__name__)
-    workload = (
-        detection_workload(config, model, (height, width), batch)
-        if whole else image_workload((height, width), batch))
-    return dataclasses.asdict(Step(model, workload).memory())
+    taken = dataclasses.asdict(Step(model, workload).memory())
+    if report is not None:
+        taken['left_out'] = len(report.left_out)
+    return taken
 
 
 # --------------------------------------------------------------------------
@@ -213,7 +238,7 @@ def answer(found: dict) -> str:
     rows = [row for row in found['rows']
             if 'error' not in row['modes']['Tune']]
     if not rows:
-        return 'None of these architectures has a BatchNorm to fold.'
+        return 'None of these architectures can be put into Tune mode.'
     return counts_text(rows)
 
 
@@ -234,7 +259,8 @@ def page(found: dict) -> str:
         paragraph(f"""
         One training step in FP32 on random images. Backbones of MMDetection
         alone, nothing frozen, SGD with momentum: at {sizes[DETECTION]} as in
-        detection, and at {sizes[CLASSIFICATION]} as in classification. Whole
+        detection, and at {sizes[CLASSIFICATION]} as in classification;
+        counted on tensors that have a size and no content. Whole
         detectors at {sizes[WHOLE]}, with their own losses, optimizer and
         frozen stages; there necks and heads are in the mode too. Eval holds
         all BatchNorms in eval mode, also where the architecture is usually
@@ -245,8 +271,9 @@ def page(found: dict) -> str:
         buffers not counted, over the bytes of all parameters. Saved of kept:
         by how much that shrinks. Saved of all: the same of the whole step,
         its peak (feature maps, gradients) with parameters, buffers, the
-        optimizer's state and the images. A name in the place of a figure is
-        the exception that the mode raises.
+        optimizer's state and the images. Words in the place of a figure say
+        why there is none: the exception that the mode raises, or that there
+        is no BatchNorm to fold.
         """)
     ]
     for setting, size in sizes.items():
@@ -265,13 +292,8 @@ def page(found: dict) -> str:
         ]
     if folds:
         parts += [f'## Where the {CLAIM:.0%} holds', *verdict(folds)]
-    stock = sorted({row['name'] for row in rows} -
-                   {row['name'] for row in folds})
-    if stock:
-        parts.append(paragraph(f"""
-        {', '.join(stock)} cannot be put into Tune mode, and save nothing:
-        they have no BatchNorm to fold.
-        """))
+    parts += [paragraph(text) for text in (left_out(folds), stock(rows))
+              if text]
     parts += [
         '## Not run here',
         paragraph("""
@@ -347,14 +369,61 @@ def verdict(rows: Sequence[dict]) -> list[str]:
         """))
     small = [row for row in no if row not in never]
     if small:
-        needed = [f'{row["name"]} {maps_to_weights(row):.1f} of '
-                  f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}'
-                  for row in small]
-        parts.append(paragraph(f"""
-        The others have too few or too small images, by r here of r needed:
-        {', '.join(needed)}.
-        """))
+        parts += [
+            'The others have too few or too small images:',
+            table(['architecture', 'setting', 'r here', 'r needed'], [[
+                row['name'], row['setting'], f'{maps_to_weights(row):.1f}',
+                f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}'
+            ] for row in small])
+        ]
     return parts
+
+
+def left_out(rows: Sequence[dict]) -> str:
+    """Explain where Deploy saves less than Tune.
+
+    Args:
+        rows (Sequence[dict]): Those that have a Tune mode.
+
+    Returns:
+        str: Sentences; empty where there is nothing to explain.
+    """
+    less = {}
+    for row in rows:
+        deploy = row['modes']['Deploy']
+        if 'error' not in deploy and (
+                total_saved(row) - total_saved(row, 'Deploy') > .005):
+            less[row['name']] = (deploy['left_out'],
+                                 row['modes']['Tune']['left_out'])
+    if not less:
+        return ''
+    counts = ', '.join(f'{name} {deploy} against {tune}'
+                       for name, (deploy, tune) in less.items())
+    text = f"""Deploy saves less than Tune in {', '.join(less)}. Blocks left
+        out in Deploy and in Tune: {counts}."""
+    if all(deploy > tune for deploy, tune in less.values()):
+        text += """ Deploy can fold a convolution for good only where it has
+            one BatchNorm and a weight of its own; Tune folds at each call."""
+    return text
+
+
+def stock(rows: Sequence[dict]) -> str:
+    """Name what cannot be put into Tune mode.
+
+    Args:
+        rows (Sequence[dict]): All of them.
+
+    Returns:
+        str: A sentence; empty where there is none.
+    """
+    errors = {
+        row['name']: row['modes']['Tune']['error']
+        for row in rows if 'error' in row['modes']['Tune']
+    }
+    if not errors:
+        return ''
+    reasons = ', '.join(f'{name} ({error})' for name, error in errors.items())
+    return f'Not put into Tune mode, and so saving nothing: {reasons}.'
 
 
 def counts_text(rows: Sequence[dict]) -> str:

@@ -13,7 +13,11 @@ from torch.nn.functional import cross_entropy
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
-from reproductions.material import fetch_weights, measure_in_turns
+from reproductions.material import (
+    fetch_weights,
+    in_processes,
+    measure_in_turns,
+)
 from reproductions.pages import mean_spread, mib, paragraph, table, track
 
 TITLE = 'Classification'
@@ -52,7 +56,7 @@ class ResNet50Classifier(nn.Module):
 
 
 def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
-              **settings) -> dict:
+              settings: dict) -> dict:
     """Run tools/finetune_digits.py.
 
     Args:
@@ -60,7 +64,7 @@ def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
         lr (float): Learning rate.
         seed (int): Of the head's weights and the order of images.
         work_dir (str): For its logs and checkpoints.
-        **settings: More arguments of ``build_runner``.
+        settings (dict): More arguments of ``build_runner``.
 
     Returns:
         dict: The arguments and the final ``accuracy``, a share.
@@ -159,7 +163,7 @@ def count_training(mode: str, batch_size: int, size: int,
 
 
 def run(seeds: Sequence[int] = (0, 1, 2),
-        lrs: Sequence[float] = (1e-4, 1e-3),
+        lrs: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
         epochs: int = 3,
         size: int = 64,
         batch_size: int = 32,
@@ -193,15 +197,11 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         weights = fetch_weights()
     plan = [(mode, lr, seed) for lr in lrs for seed in seeds
             for mode in MODES]
-    runs = [
-        fine_tune(
-            *arguments,
-            work_dir=work_dir,
-            epochs=epochs,
-            size=size,
-            batch_size=batch_size,
-            weights=weights) for arguments in track(plan, 'Fine-tune')
-    ]
+    settings = dict(
+        epochs=epochs, size=size, batch_size=batch_size, weights=weights)
+    runs = in_processes(fine_tune,
+                        [(*arguments, work_dir, settings)
+                         for arguments in plan], 'Fine-tune')
     train_set, test_set = finetune_digits.load_data(size)
     modes = ('Train', 'Eval', 'MMEngine', 'Tune')
     return dict(

@@ -1,5 +1,10 @@
 """Weights and images that several pages start from, and how they measure."""
-from collections.abc import Callable, Mapping
+import contextlib
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
@@ -12,6 +17,7 @@ from mmtune import behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
+from reproductions.pages import Item, track
 
 
 def fetch_weights() -> str:
@@ -72,6 +78,52 @@ def put_in_folding_mode(model: nn.Module, mode: str) -> None:
     """
     with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_mode(model, mode)
+
+
+def in_processes(function: Callable[..., Item],
+                 tasks: Iterable[Sequence[object]], what: str) -> list[Item]:
+    """Call a function in as many processes as there are cores.
+
+    Each computes with one thread, which wastes less than several threads
+    that wait for each other.
+
+    Args:
+        function (Callable): Of a module; not for what takes time into
+            account.
+        tasks (Iterable[Sequence[object]]): Arguments for each call.
+        what (str): What is being done, for the progress.
+
+    Returns:
+        list: What each call returned, in the order of the tasks.
+    """
+    with processes() as workers:
+        futures = [workers.submit(function, *task) for task in tasks]
+        return [future.result() for future in track(futures, what)]
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Start the processes of :func:`in_processes`, for several functions.
+
+    Yields:
+        ProcessPoolExecutor: What has not begun when something raises inside,
+        never does.
+    """
+    workers = ProcessPoolExecutor(
+        os.cpu_count(),
+        # A forked process hangs in torch where its parent had threads.
+        multiprocessing.get_context('spawn'),
+        _begin_process)
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _begin_process() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
+    MMLogger.get_instance('reproduce', log_level='WARNING')
 
 
 def measure_in_turns(steps: Mapping[str, Callable[[], object]],

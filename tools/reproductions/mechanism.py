@@ -2,12 +2,9 @@
 import copy
 import functools
 import math
-import multiprocessing
-import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from mmtune import turn_on
 from mmtune.analysis import BlockScale, best_lr, block_scales, lr_limit
 from mmtune.api import latest_runs
-from reproductions.material import put_in_folding_mode
+from reproductions.material import processes, put_in_folding_mode
 from reproductions.pages import mean_spread, paragraph, table, track
 
 TITLE = 'When Deploy is unstable to train'
@@ -47,6 +44,10 @@ FINAL_STEPS = 10
 # By which the scales are multiplied while the function is left alone.
 TIMES = (10., 1., 0.1)
 LRS = tuple(2.**power for power in range(-12, 2))
+# Where the weights of convolutions learn and nothing else does, Tune bears a
+# learning rate as many times as large as the scales are small, squared.
+ALONE_LRS = tuple(2.**power for power in range(-13, 8))
+ALONE_MODES = ('Tune', 'Deploy')
 # By how much a step of Deploy may differ from Tune's for `best_lr`.
 FACTOR = 10.
 # Accuracies no farther apart than this count as alike.
@@ -253,6 +254,18 @@ def multiply_scales(model: nn.Module, times: float) -> None:
         norm.running_var.add_(norm.eps).div_(times**2).sub_(norm.eps)
 
 
+def learn_weights_alone(model: nn.Module) -> None:
+    """Let the convolutions' weights learn, and nothing that has no scale.
+
+    Args:
+        model (nn.Module): Is changed; in any mode.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.requires_grad_()
+
+
 def put(model: nn.Module, mode: str) -> nn.Module:
     """Copy a model into a mode.
 
@@ -311,7 +324,8 @@ def describe(times: float, seed: int, pretrain_steps: int) -> dict[str, Any]:
 
 
 def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
-          steps: int, pretrain_steps: int) -> dict[str, Any]:
+          steps: int, pretrain_steps: int,
+          weights_alone: bool = False) -> dict[str, Any]:
     """Fine-tune on the other five digits, once a learning rate.
 
     Args:
@@ -321,6 +335,8 @@ def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
         lrs (Sequence[float]): Learning rates.
         steps (int): Of each run.
         pretrain_steps (int): See :func:`pretrain`.
+        weights_alone (bool): Whether the head learns first, alone, and then
+            the weights of the convolutions. Defaults to False: all learns.
 
     Returns:
         dict[str, Any]: ``losses`` and ``accuracies``, one a learning rate:
@@ -328,11 +344,19 @@ def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
         infinite; and the share of the test images that is recognised.
     """
     start = copy.deepcopy(pretrain(seed, pretrain_steps)[0])
-    multiply_scales(start, times)
     *training, images, labels = load_data(FINE_TUNED_ON, seed)
+    if weights_alone:
+        start.requires_grad_(False)
+        start[-1].requires_grad_(True)
+        train(start, *training, pretrain_steps, PRETRAIN_LR, seed)
+        learn_weights_alone(start)
+    multiply_scales(start, times)
     losses, accuracies = [], []
     for lr in lrs:
         model = put(start, mode)
+        if weights_alone:
+            # Deploy has made biases of what does not learn here.
+            learn_weights_alone(model)
         path = train(model, *training, steps, lr, seed)
         finite = math.isfinite(path[-1])
         losses.append(
@@ -454,7 +478,8 @@ def run(times: Sequence[float] = TIMES,
         seeds: Sequence[int] = (0, 1, 2),
         steps: int = 60,
         pretrain_steps: int = 300,
-        control_lr: float = 2.**-8) -> dict[str, Any]:
+        control_lr: float = 2.**-8,
+        alone_lrs: Sequence[float] = ALONE_LRS) -> dict[str, Any]:
     """Sweep the learning rate in each mode, and run the controls.
 
     Args:
@@ -464,20 +489,15 @@ def run(times: Sequence[float] = TIMES,
         steps (int): Of each fine-tuning.
         pretrain_steps (int): Of the pretraining.
         control_lr (float): Learning rate of the controls at the original
-            scales; divided by what they are multiplied by, so that Tune
-            learns, but stays below its limit.
+            scales; divided by what they are multiplied by.
+        alone_lrs (Sequence[float]): The same as ``lrs``, for the sweep in
+            which nothing learns but weights.
 
     Returns:
         dict[str, Any]: Plain data; see :func:`describe`, :func:`sweep` and
         :func:`control`.
     """
-    workers = ProcessPoolExecutor(
-        os.cpu_count(),
-        # A forked process hangs in torch where its parent had threads.
-        multiprocessing.get_context('spawn'),
-        torch.set_num_threads,
-        (1, ))
-    with workers:
+    with processes() as workers:
         pretrained = [
             workers.submit(pretrained_accuracy, seed, pretrain_steps)
             for seed in seeds
@@ -490,6 +510,11 @@ def run(times: Sequence[float] = TIMES,
             workers.submit(sweep, *task, lrs, steps, pretrain_steps)
             for task in product(times, MODES, seeds)
         ]
+        alone = [
+            workers.submit(sweep, *task, alone_lrs, steps, pretrain_steps,
+                           weights_alone=True)
+            for task in product(times, ALONE_MODES, seeds)
+        ]
         controls = [
             workers.submit(control, by, seed, control_lr / by, steps,
                            pretrain_steps)
@@ -501,6 +526,12 @@ def run(times: Sequence[float] = TIMES,
             pretrained=[future.result() for future in pretrained],
             scales=[future.result() for future in described],
             sweeps=[future.result() for future in track(sweeps, 'Sweep')],
+            alone=dict(
+                lrs=list(alone_lrs),
+                sweeps=[
+                    future.result()
+                    for future in track(alone, 'Sweep, weights alone')
+                ]),
             controls=[
                 future.result() for future in track(controls, 'Control')
             ])
@@ -525,10 +556,8 @@ def answer(found: dict[str, Any]) -> str:
     Returns:
         str: One sentence.
     """
-    times = list(dict.fromkeys(row['times'] for row in found['sweeps']))
-    rows = [summarize(found, by, seed) for by in times
-            for seed in range(len(found['pretrained']))]
-    limits = '; '.join(f'x {by:g}: {span(ratios(rows, by))}' for by in times)
+    limits = '; '.join(f'x {by:g}: {span(ratios(group))}'
+                       for by, group in by_times(summarize(found)).items())
     return ("The largest learning rate that Deploy bears, as a multiple of "
             f"Tune's, by what the scales are multiplied by: {limits}.")
 
@@ -542,9 +571,8 @@ def page(found: dict[str, Any]) -> str:
     Returns:
         str: In Markdown.
     """
-    times = list(dict.fromkeys(row['times'] for row in found['sweeps']))
-    rows = [summarize(found, by, seed) for by in times
-            for seed in range(len(found['pretrained']))]
+    rows = summarize(found)
+    alone = summarize(found, found['alone'])
     guessing = math.log(len(FINE_TUNED_ON))
     parts = [
         paragraph(f"""
@@ -569,9 +597,22 @@ def page(found: dict[str, Any]) -> str:
         paragraph("""
         The limit of each mode, from the lowest to the highest of the seeds.
         The last mode is the control: Deploy with the gradient of each weight
-        multiplied by `coeff^2`.
-        """), *(paragraph(verdict(rows, by)) for by in times),
+        multiplied by `coeff^2`. A limit is known to a factor of 2, from one
+        learning rate to the next.
+        """), *(paragraph(verdict(by, group))
+                for by, group in by_times(rows).items()),
         paragraph(invariance(found)),
+        '## Where nothing learns but weights',
+        paragraph("""
+        Gamma, beta and the head have no scale, and take the same steps in
+        Deploy as in Tune; where they limit the learning rate, the scales of
+        the weights hide. So here the head learns first, by itself, and then
+        the weights of the convolutions alone. Near a minimum Deploy's limit
+        should then be Tune's times a number between the squares of the
+        smallest and of the largest scale.
+        """),
+        alone_table(alone),
+        paragraph(alone_verdict(alone)),
         "## At Eval's best learning rate, and at its own",
         best_table(rows),
         paragraph("""
@@ -591,7 +632,9 @@ def page(found: dict[str, Any]) -> str:
         """),
         paragraph(prediction_verdict(rows)), '## Controls, in float64',
         control_table(found['controls']),
-        paragraph(control_verdict(found['controls'])), '## Not run here',
+        paragraph(control_verdict(found['controls'])),
+        '## What this says of Mechanism 1',
+        paragraph(conclusion(found, rows, alone)), '## Not run here',
         paragraph("""
         Large networks, and networks whose scales differ by orders of
         magnitude from channel to channel, as those of MobileNetV2 do
@@ -603,35 +646,42 @@ def page(found: dict[str, Any]) -> str:
     return '\n\n'.join(parts)
 
 
-def summarize(found: dict[str, Any], times: float,
-              index: int) -> dict[str, Any]:
-    """Put together what one checkpoint led to.
+def summarize(found: dict[str, Any],
+              swept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Put together what each checkpoint led to.
 
     Args:
         found (dict[str, Any]): From :func:`run`.
-        times (float): What its scales were multiplied by.
-        index (int): Of its seed.
+        swept (dict[str, Any], optional): With ``lrs`` and ``sweeps``.
+            Defaults to None: those of ``found`` itself.
 
     Returns:
-        dict[str, Any]: What :func:`describe` found; for each mode its
-        ``limit``, see :func:`stable_limit`, and the place of its ``best``
-        learning rate, None where it always failed; and the ``sweep`` of each
-        mode.
+        list[dict[str, Any]]: For each checkpoint what :func:`describe`
+        found; for each mode its ``limit``, see :func:`stable_limit`, and the
+        place of its ``best`` learning rate, None where it always failed; and
+        the ``sweep`` of each mode.
     """
-    scales = [row for row in found['scales'] if row['times'] == times][index]
-    sweeps = {
-        row['mode']: row
-        for row in found['sweeps']
-        if row['times'] == times and row['seed'] == scales['seed']
-    }
-    return scales | dict(
-        lrs=found['lrs'],
-        sweep=sweeps,
-        limit={
-            mode: stable_limit(found['lrs'], row['losses'])
-            for mode, row in sweeps.items()
-        },
-        best={mode: best_place(row['losses']) for mode, row in sweeps.items()})
+    swept = swept or found
+    rows = []
+    for scales in found['scales']:
+        sweeps = {
+            row['mode']: row
+            for row in swept['sweeps']
+            if (row['times'], row['seed']) == (scales['times'],
+                                               scales['seed'])
+        }
+        rows.append(scales | dict(
+            lrs=swept['lrs'],
+            sweep=sweeps,
+            limit={
+                mode: stable_limit(swept['lrs'], row['losses'])
+                for mode, row in sweeps.items()
+            },
+            best={
+                mode: best_place(row['losses'])
+                for mode, row in sweeps.items()
+            }))
+    return rows
 
 
 def best_place(losses: Sequence[float | None]) -> int | None:
@@ -647,20 +697,20 @@ def best_place(losses: Sequence[float | None]) -> int | None:
     return min(places, key=lambda i: losses[i], default=None)
 
 
-def ratios(rows: Sequence[dict[str, Any]], times: float) -> list[float]:
-    """Divide Deploy's limits by Tune's.
+def ratios(rows: Sequence[dict[str, Any]],
+           other: str = 'Tune') -> list[float]:
+    """Divide Deploy's limits by those of another mode.
 
     Args:
         rows (Sequence[dict[str, Any]]): From :func:`summarize`.
-        times (float): Of which checkpoints.
+        other (str): The other mode. Defaults to Tune.
 
     Returns:
-        list[float]: For each seed in which both modes learned at all.
+        list[float]: For each checkpoint on which both learned at all.
     """
     return [
-        row['limit']['Deploy'] / row['limit']['Tune'] for row in rows
-        if row['times'] == times and row['limit']['Deploy']
-        and row['limit']['Tune']
+        row['limit']['Deploy'] / row['limit'][other] for row in rows
+        if row['limit']['Deploy'] and row['limit'][other]
     ]
 
 
@@ -712,28 +762,139 @@ def limit_table(rows: Sequence[dict[str, Any]]) -> str:
     ] for times, group in by_times(rows).items()])
 
 
-def verdict(rows: Sequence[dict[str, Any]], times: float) -> str:
-    """Say which of Deploy and Tune fails first.
+def verdict(times: float, rows: Sequence[dict[str, Any]]) -> str:
+    """Say which of Deploy and of Eval and Tune fails first.
 
     Args:
-        rows (Sequence[dict[str, Any]]): From :func:`summarize`.
-        times (float): Of which checkpoints.
+        times (float): What the scales were multiplied by.
+        rows (Sequence[dict[str, Any]]): From :func:`summarize`, of these.
 
     Returns:
         str: A paragraph.
     """
-    found = ratios(rows, times)
     name = f'**Scales x {times:g}.**'
-    if not found:
-        return f'{name} No seed in which both Tune and Deploy learned.'
-    times_as_far = f"Deploy's limit is {span(found)} times Tune's."
+    by_mode = {mode: ratios(rows, mode) for mode in ('Eval', 'Tune')}
+    if not all(by_mode.values()):
+        return (f'{name} No seed in which Deploy learned, and Eval and Tune '
+                'too.')
+    times_as_far = ', '.join(f"{span(found)} times {mode}'s"
+                             for mode, found in by_mode.items())
+    times_as_far = f"Deploy's limit is {times_as_far}."
+    found = [ratio for ratios in by_mode.values() for ratio in ratios]
     if max(found) < 1:
         return (f'{name} Deploy fails where Eval and Tune do not: '
                 f'{times_as_far}')
     if min(found) > 1:
-        return (f'{name} The other way around: Tune fails where Deploy does '
-                f'not. {times_as_far}')
+        return (f'{name} The other way around: Eval and Tune fail where '
+                f'Deploy does not. {times_as_far}')
     return f'{name} Neither fails first in all seeds: {times_as_far}'
+
+
+def alone_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out the limits where nothing learns but weights.
+
+    Args:
+        rows (Sequence[dict[str, Any]]): From :func:`summarize`.
+
+    Returns:
+        str: In Markdown.
+    """
+    return table(['scales', 'Tune', 'Deploy', 'Deploy / Tune',
+                  'smallest coeff^2', 'median', 'largest'],
+                 [[
+                     f'x {times:g}',
+                     *(span([row['limit'][mode] for row in group])
+                       for mode in ALONE_MODES),
+                     span(ratios(group)),
+                     *(span([row[key]**2 for row in group])
+                       for key in ('min', 'median', 'max'))
+                 ] for times, group in by_times(rows).items()])
+
+
+def foretold(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Count the checkpoints on which the scales tell Deploy's limit.
+
+    Args:
+        rows (Sequence[dict[str, Any]]): From :func:`summarize`.
+
+    Returns:
+        tuple[int, int]: On how many Deploy's limit by Tune's is between the
+        squares of the smallest and largest scale, as far as the learning
+        rates that were tried can tell; and of how many.
+    """
+    # From one learning rate to the next.
+    step = max((b / a for row in rows
+                for a, b in zip(row['lrs'], row['lrs'][1:])), default=1.)
+    learned = [row for row in rows if ratios([row])]
+    return sum(
+        row['min']**2 / step <= ratios([row])[0] <= step * row['max']**2
+        for row in learned), len(learned)
+
+
+def alone_verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Say whether the scales tell Deploy's limit where nothing hides them.
+
+    Args:
+        rows (Sequence[dict[str, Any]]): From :func:`summarize`.
+
+    Returns:
+        str: A paragraph.
+    """
+    inside, learned = foretold(rows)
+    if not learned:
+        return 'Nothing learned, so that there is nothing to foretell.'
+    from_median = [
+        ratios([row])[0] / row['median']**2 for row in rows if ratios([row])
+    ]
+    return (f'Deploy / Tune is in that range on {inside} of {learned} '
+            'checkpoints, as far as limits are known; it is '
+            f'{span(from_median)} times the square of the median scale.')
+
+
+def conclusion(found: dict[str, Any], rows: Sequence[dict[str, Any]],
+               alone: Sequence[dict[str, Any]]) -> str:
+    """Say what was confirmed of the paper's explanation, and what not.
+
+    Args:
+        found (dict[str, Any]): From :func:`run`.
+        rows (Sequence[dict[str, Any]]): From :func:`summarize`.
+        alone (Sequence[dict[str, Any]]): The same, where nothing but weights
+            learned.
+
+    Returns:
+        str: A paragraph.
+    """
+    text = ('The scales are why Deploy takes another path than Tune: the '
+            'control confirms it. ' if follows(found['controls']) else
+            'The control does not confirm that the scales are why Deploy '
+            'takes another path than Tune. ')
+    inside, learned = foretold(alone)
+    text += ('They tell where it fails, too, where nothing but weights '
+             f'learns ({inside} of {learned} checkpoints). '
+             if learned and inside == learned else
+             'But not even where nothing but weights learns do they tell '
+             f'where it fails ({inside} of {learned} checkpoints). ')
+    for times, group in by_times(rows).items():
+        first = sum(ratio < 1 for ratio in ratios(group))
+        kind = ('as pretraining left them' if times == 1 else
+                f'multiplied by {times:g}')
+        text += (f'With scales {kind}, and everything learning, Deploy fails '
+                 f'at a lower learning rate than Tune in {first} of '
+                 f'{len(group)} seeds. ')
+    stock = by_times(rows).get(1.)
+    if stock:
+        text += ('That confirms the instability that the paper reports for '
+                 'checkpoints as they come. '
+                 if all(ratio < 1 for ratio in ratios(stock)) else
+                 'So these checkpoints, as they come, do not show the '
+                 'instability that the paper reports; small scales do. '
+                 if any(max(ratios(group), default=1) < 1 for times, group in
+                        by_times(rows).items() if times < 1) else
+                 'So the instability that the paper reports does not show '
+                 'here. ')
+    return text + ('What it comes to in a transfer run, with AdamW and scales '
+                   'mostly above 1, is on the page '
+                   '[Accuracy on the trees](accuracy.md).')
 
 
 def invariance(found: dict[str, Any]) -> str:
@@ -805,25 +966,32 @@ def best_verdict(rows: Sequence[dict[str, Any]]) -> str:
     Returns:
         str: A paragraph.
     """
-    there, own = [], []
-    for row in rows:
-        at_eval, at_deploy = row['best']['Eval'], row['best']['Deploy']
-        if at_eval is None or at_deploy is None:
-            return 'Not all learned, so that their best cannot be compared.'
-        deploy = row['sweep']['Deploy']['accuracies']
-        reached = row['sweep']['Eval']['accuracies'][at_eval]
-        there.append(deploy[at_eval] - reached)
-        own.append(deploy[at_deploy] - reached)
-    text = (f"At Eval's best learning rate, Deploy's accuracy is between "
-            f"{min(there):+.3f} and {max(there):+.3f} of Eval's. At its own "
-            f'best it differs by {mean_spread(own)}. ')
+    texts, own = [], []
+    for times, group in by_times(rows).items():
+        lr_ratios = []
+        for row in group:
+            at_eval, at_deploy = row['best']['Eval'], row['best']['Deploy']
+            if at_eval is None or at_deploy is None:
+                return ('Not all learned, so that their best cannot be '
+                        'compared.')
+            lr_ratios.append(row['lrs'][at_eval] / row['lrs'][at_deploy])
+            if times == 1:
+                reached = row['sweep']['Eval']['accuracies'][at_eval]
+                own.append(
+                    row['sweep']['Deploy']['accuracies'][at_deploy] - reached)
+        side = ('too small' if max(lr_ratios) < 1 else
+                'too large' if min(lr_ratios) > 1 else 'about right')
+        texts.append(f'x {times:g}: {span(lr_ratios)} times, {side}')
+    text = ("Eval's best learning rate as a multiple of Deploy's, and so for "
+            f'Deploy: {"; ".join(texts)}. ')
+    if not own:
+        return text
+    text += (f'With scales x 1, each at its own best, Deploy differs from '
+             f'Eval by {mean_spread(own)} in accuracy')
     if statistics.mean(own) < -COMPARABLE:
-        return text + ('So Deploy learns less than Eval here even at a '
-                       'learning rate of its own.')
-    if min(there) < -COMPARABLE:
-        return text + ('So what fails here is a learning rate that was '
-                       'chosen for Eval, not Deploy as such.')
-    return text + 'So Deploy learned like Eval here.'
+        return f'{text}: it learns less even at a learning rate of its own.'
+    return (f'{text}: what a learning rate chosen for Eval does to Deploy, '
+            'one of its own undoes.')
 
 
 def prediction_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -842,7 +1010,7 @@ def prediction_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     return table(titles, [[
         f'x {times:g}',
-        span(ratios(rows, times)),
+        span(ratios(group)),
         *(span(limits) for limits in zip(*(row['limits'] for row in group))),
         span([row['upper_limit'] for row in group]),
         span([
@@ -893,8 +1061,8 @@ def prediction_verdict(rows: Sequence[dict[str, Any]]) -> str:
     if worst > 10:
         return text + (
             'So the scales tell what is safe, but not where Deploy fails: the '
-            f'bound is too careful by up to {worst:.0f} times. It cannot know '
-            'what else limits Tune: gamma, beta and the head have no scale.')
+            f'bound is too careful by up to {worst:.0f} times. It does not '
+            'know what limits Tune, which may be what has no scale.')
     return text + 'So the scales tell about where Deploy fails.'
 
 
@@ -921,6 +1089,29 @@ def control_table(controls: Sequence[dict[str, Any]]) -> str:
                  rows)
 
 
+def extreme(controls: Sequence[dict[str, Any]], gamma: str, mode: str,
+            end: Callable[[list[float]], float]) -> float:
+    """Find how far a mode is from Tune at the least, or at the most.
+
+    Args:
+        controls (Sequence[dict[str, Any]]): Of :func:`run`.
+        gamma (str): ``'fixed'`` or ``'learning'``.
+        mode (str): The mode.
+        end (Callable[[list[float]], float]): ``min`` or ``max``.
+
+    Returns:
+        float: The difference of losses, infinite where one was.
+    """
+    values = [row[gamma][mode] for row in controls]
+    return end([math.inf if value is None else value for value in values])
+
+
+def follows(controls: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether Deploy follows Tune with its gradient multiplied alone."""
+    return (extreme(controls, 'fixed', CORRECTED, max) < 1e-9
+            and extreme(controls, 'fixed', 'Deploy', min) > 1e-3)
+
+
 def control_verdict(controls: Sequence[dict[str, Any]]) -> str:
     """Say whether Deploy with its gradient multiplied follows Tune.
 
@@ -930,27 +1121,23 @@ def control_verdict(controls: Sequence[dict[str, Any]]) -> str:
     Returns:
         str: A paragraph.
     """
-
-    def extreme(gamma: str, mode: str, end: Any) -> float:
-        values = [row[gamma][mode] for row in controls]
-        return end(math.inf if value is None else value for value in values)
-
     function = max(row['function'] for row in controls)
     runs = Counter[str]()
     for row in controls:
         runs.update(row['runs'])
     eval_apart = max(
-        extreme(gamma, 'Eval', max) for gamma in ('fixed', 'learning'))
-    fixed = extreme('fixed', CORRECTED, max)
-    follows = fixed < 1e-9 and extreme('fixed', 'Deploy', min) > 1e-3
+        extreme(controls, gamma, 'Eval', max)
+        for gamma in ('fixed', 'learning'))
+    lrs = span([row['lr'] for row in controls])
     text = (
         'From the lowest to the highest over checkpoints, at learning rates '
-        'at which Tune learns. Multiplying the scales changes the features '
-        f'of the test images by {function:.1e} of their size. In Tune, '
-        f'{runs["fused"]} of {runs.total()} blocks ran folded. ')
+        f'of {lrs}, the lower the larger the scales. Multiplying the scales '
+        f'changes the features of the test images by {function:.1e} of their '
+        f'size. In Tune, {runs["fused"]} of {runs.total()} blocks ran '
+        'folded. ')
     text += ('Tune is Eval. ' if eval_apart < 1e-9 else
              'Tune is not Eval, which contradicts the method. ')
-    if follows:
+    if follows(controls):
         text += ('With gamma fixed, Deploy with its gradient multiplied by '
                  '`coeff^2` follows Tune exactly, and without does not: the '
                  'scales are all there is to it. ')
@@ -958,7 +1145,7 @@ def control_verdict(controls: Sequence[dict[str, Any]]) -> str:
         text += ('With gamma fixed, Deploy with its gradient multiplied by '
                  '`coeff^2` should follow Tune, and Deploy alone should not, '
                  'but that is not what was measured. ')
-    if extreme('learning', CORRECTED, max) > 1e-9:
+    if extreme(controls, 'learning', CORRECTED, max) > 1e-9:
         text += ('Where gamma learns, as in the sweeps above, it follows '
                  'only nearly, as derived.')
     return text
@@ -971,14 +1158,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
         found (dict[str, Any]): From :func:`run`.
         path (Path): The picture to write.
     """
-    times = list(dict.fromkeys(row['times'] for row in found['sweeps']))
-    seeds = range(len(found['pretrained']))
-    figure = Figure(figsize=(8, 1.2 + 2.3 * len(times)), layout='constrained')
-    panels = figure.subplots(len(times), 1, sharex=True, squeeze=False)[:, 0]
+    groups = by_times(summarize(found))
+    figure = Figure(
+        figsize=(8, 1.2 + 2.3 * len(groups)), layout='constrained')
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     guessing = math.log(len(FINE_TUNED_ON))
     top = 1.5 * guessing
-    for axes, by in zip(panels, times):
-        rows = [summarize(found, by, seed) for seed in seeds]
+    for axes, (by, rows) in zip(panels, groups.items()):
         for index, mode in enumerate(MODES):
             # What diverges leaves the picture at its upper edge.
             losses = [

@@ -1,6 +1,6 @@
 """Train from scratch, and freeze BatchNorm's statistics in mid-run."""
 import math
-import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from mmtune import turn_on
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
-from reproductions.material import measure_in_turns
-from reproductions.pages import mean_spread, mib, paragraph, table, track
+from mmtune.api import latest_runs
+from reproductions.material import in_processes, measure_in_turns
+from reproductions.pages import mean_spread, mib, paragraph, table
 
 TITLE = 'Training from scratch'
 # A share of the test digits. Runs below have learned nothing.
@@ -25,11 +26,11 @@ LEARNED = 0.5
 # What a run may lose by freezing, of the same.
 TOLERANCE = 0.01
 QUESTION = paragraph("""
-    The paper leaves open whether Tune mode can serve in training from
-    scratch, where BatchNorm needs the statistics of the batch. The Hook's
-    option `begin` trains in Train mode first, then freezes the statistics and
-    goes on in Tune mode. From which epoch on does that do no harm, and what
-    does it spare?""")
+    The paper calls Train the only mode for training from scratch, where
+    BatchNorm needs the statistics of the batch. Can Tune mode take over in
+    mid-run? The Hook's option `begin` trains in Train mode first, then
+    freezes the statistics and goes on in Tune mode. From which epoch on does
+    that do no harm, and what does it spare?""")
 
 
 class Residual(nn.Module):
@@ -168,7 +169,7 @@ def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
 
     Returns:
         dict: For each mode the ``peak`` in bytes, and the ``seconds`` of
-        each round.
+        each round; ``ran``, how often the blocks of Tune ran how.
     """
     batch = load_data(size)[0][:batch_size]
     steps = {}
@@ -182,12 +183,14 @@ def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
             model(*batch, mode='loss')['loss'].backward()
 
         steps[mode] = step
-    return measure_in_turns(steps, rounds)
+    found = measure_in_turns(steps, rounds)
+    # The last of them is that in Tune mode.
+    return dict(found, ran=Counter(latest_runs(model).values()))
 
 
 def run(lrs: Sequence[float] = (0.05, 0.01),
         begins: Sequence[int | None] = (0, 1, 2, 5, 10, None),
-        control: int = 5,
+        controls: Sequence[int] = (5, 10),
         seeds: Sequence[int] = (0, 1, 2),
         epochs: int = 15,
         size: int = 16,
@@ -200,7 +203,7 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         lrs (Sequence[float]): Learning rates to start with.
         begins (Sequence[int | None]): Epochs from which statistics are
             frozen; None, which has to be among them, is never.
-        control (int): The one of them to repeat in Eval mode.
+        controls (Sequence[int]): Those of them to repeat in Eval mode.
         seeds (Sequence[int]): A run for each of them.
         epochs (int): How long each run is.
         size (int): Height and width of the images in pixels.
@@ -212,26 +215,26 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         dict: What was found, for :func:`page` and :func:`plot`.
 
     Raises:
-        ValueError: If there is no run to compare with, or the control has
+        ValueError: If there is no run to compare with, or a control has
             none.
     """
     if None not in begins:
         raise ValueError('`begins` must hold None, the run that never freezes '
                          f'and is compared with, but got {begins!r}')
-    if control not in begins:
-        raise ValueError(f'`control` must be one of `begins`, {begins!r}, but '
-                         f'got {control!r}')
-    kinds = [(begin, 'Tune') for begin in begins] + [(control, 'Eval')]
+    if not {*controls} <= {*begins}:
+        raise ValueError(f'`controls` must be of `begins`, {begins!r}, but '
+                         f'got {controls!r}')
+    kinds = [(begin, 'Tune') for begin in begins]
+    kinds += [(begin, 'Eval') for begin in controls]
     plan = [(lr, *kind, seed) for lr in lrs for kind in kinds
             for seed in seeds]
-    runs = [
-        train(*arguments, epochs, size, batch_size, work_dir)
-        for arguments in track(plan, 'Train from scratch')
-    ]
+    runs = in_processes(train, [(*arguments, epochs, size, batch_size,
+                                 work_dir) for arguments in plan],
+                        'Train from scratch')
     return dict(
         lrs=list(lrs),
         begins=list(begins),
-        control=control,
+        controls=list(controls),
         seeds=list(seeds),
         epochs=epochs,
         size=size,
@@ -278,6 +281,12 @@ def _loss(runs: list[dict]) -> str:
     return f'{text}; {failed} not a number' if failed else text
 
 
+def _to_train(found: dict, mode: str) -> tuple[float, float, float]:
+    """Quartiles of the time of a step, as a multiple of Train's."""
+    seconds = found['step']['seconds']
+    return quartiles(a / b for a, b in zip(seconds[mode], seconds['Train']))
+
+
 def _row(found: dict, lr: float, begin: int | None, mode: str) -> list[str]:
     runs = _runs(found, lr, begin, mode)
     before = lr_then = spared = ''
@@ -288,11 +297,9 @@ def _row(found: dict, lr: float, begin: int | None, mode: str) -> list[str]:
     if begin:
         before = mean_spread([run['accuracy'][begin - 1] for run in runs])
     if mode == 'Tune':
-        seconds = found['step']['seconds']
-        saved = 1 - statistics.median(
-            tune / stock
-            for tune, stock in zip(seconds['Tune'], seconds['Train']))
-        spared = f'{share * saved:+.1%}'
+        low, median, high = _to_train(found, 'Tune')
+        spared = 'unclear' if low <= 1 <= high else (
+            f'{share * (1 - median):+.1%}')
     name = _name(begin) + (' (Eval)' if mode == 'Eval' else '')
     return [
         name, lr_then, before,
@@ -303,7 +310,7 @@ def _row(found: dict, lr: float, begin: int | None, mode: str) -> list[str]:
 
 def _results(found: dict, lr: float) -> str:
     rows = [_row(found, lr, begin, 'Tune') for begin in found['begins']]
-    rows.append(_row(found, lr, found['control'], 'Eval'))
+    rows += [_row(found, lr, begin, 'Eval') for begin in found['controls']]
     titles = [
         'begin', 'learning rate then', 'accuracy before', 'accuracy',
         'of the worst seed', 'training loss', 'steps after', 'time spared'
@@ -314,8 +321,9 @@ def _results(found: dict, lr: float) -> str:
     ]
     safe = [begin for begin in frozen if begin > max(harmful, default=-1)]
     if safe:
+        which = 'and later' if len(safe) > 1 else 'alone'
         text = f"""
-            Of those tried, `begin={safe[0]}` and later did no harm: no seed
+            Of those tried, `begin={safe[0]}` {which} did no harm: no seed
             ends more than {TOLERANCE:.0%} of the digits below its run that
             never freezes."""
         if harmful:
@@ -341,27 +349,32 @@ def _collapse(found: dict, lr: float, frozen: Sequence[int]) -> str:
         before = [run['accuracy'][begin - 1] for run in runs if begin]
         if begin and min(before) > LEARNED and _failed(runs):
             return f"""
-                Nor is it enough that the statistics have settled: before
-                `begin={begin}` each network recognised {min(before):.0%} of
-                the digits or more with them, and {_failed(runs)} of
-                {len(runs)} failed after (less than {LEARNED:.0%}). A
-                likely reason is that frozen statistics no longer rescale the
-                maps while the weights go on to move."""
+                Nor is it enough that a network works with the statistics that
+                are frozen: before `begin={begin}` each recognised
+                {min(before):.0%} of the digits or more with them, and
+                {_failed(runs)} of {len(runs)} failed after (less than
+                {LEARNED:.0%}). A likely reason is that frozen statistics no
+                longer rescale the maps while the weights go on to move."""
     return ''
 
 
 def _control(found: dict, lr: float) -> str:
     """Say whether what happened is Tune's doing."""
-    tune, stock = (_final(_runs(found, lr, found['control'], mode))
-                   for mode in ('Tune', 'Eval'))
+    tune, stock = ([
+        accuracy for begin in found['controls']
+        for accuracy in _final(_runs(found, lr, begin, mode))
+    ] for mode in ('Tune', 'Eval'))
     alike = sum((a < LEARNED) == (b < LEARNED) for a, b in zip(tune, stock))
+    failed = sum(accuracy < LEARNED for accuracy in stock)
     difference = max(abs(a - b) for a, b in zip(tune, stock))
     cause = ('It is freezing that does it, not Tune.' if alike == len(tune)
              else 'Here the two modes do not agree.')
     return paragraph(f"""
-        The control, which freezes at the same epoch in stock Eval mode, fails
-        or learns as Tune does in {alike} of {len(tune)} seeds, with
-        accuracies that differ by at most {difference:.3f}. {cause}""")
+        The control freezes at the same epochs in stock Eval mode
+        ({', '.join(map(str, found['controls']))}; {failed} of {len(stock)}
+        runs fail). It fails or learns as Tune does in {alike} of {len(tune)}
+        runs, with accuracies that differ by at most {difference:.3f}.
+        {cause}""")
 
 
 def _from_the_start(found: dict) -> str:
@@ -390,7 +403,7 @@ def answer(found: dict) -> str:
         str: One sentence.
     """
     tried = [(lr, begin) for lr in found['lrs']
-             for begin in found['begins'] if begin is not None]
+             for begin in found['begins'] if begin]
     harmless = [f'begin={begin} at a learning rate of {lr:g}'
                 for lr, begin in tried if _is_harmless(found, lr, begin)]
     return (f'Freezing the statistics in mid-run did no harm in '
@@ -407,17 +420,18 @@ def page(found: dict) -> str:
     Returns:
         str: In Markdown.
     """
-    peak, seconds = found['step']['peak'], found['step']['seconds']
+    peak = found['step']['peak']
     rows = []
     for mode in peak:
-        low, median, high = quartiles(
-            a / b for a, b in zip(seconds[mode], seconds['Train']))
+        low, median, high = _to_train(found, mode)
         rows.append([
             mode,
             mib(peak[mode]), f'{peak[mode] / peak["Train"] - 1:+.1%}',
             f'{median:.3f} ({low:.3f}-{high:.3f})'
         ])
     train_images, test_images = found['images']
+    ran = ', '.join(
+        f'{count} {how}' for how, count in found['step']['ran'].items())
     parts = [
         paragraph(f"""
             A small residual network (10 convolutions) learns scikit-learn's
@@ -441,10 +455,12 @@ def page(found: dict) -> str:
         _from_the_start(found),
         '## What a step spares',
         table(['mode', 'peak, MiB', 'to Train', 'time, Train = 1'], rows),
-        paragraph("""
+        paragraph(f"""
             Bytes are counted, times are taken in rounds in which the modes
-            take turns (median and quartiles, forward and backward). "Time
-            spared" above is this ratio times the share of steps. Memory is
+            take turns (median and quartiles, forward and backward). Blocks of
+            Tune by how they ran: {ran}. "Time spared" above is this ratio
+            times the share of steps, where the ratio is beyond 1 by more than
+            its spread, and "unclear" where it is not. Memory is
             another matter: a run needs what its most expensive step needs,
             and until `begin` that is a step of Train mode. What Tune spares
             from then on helps who raises the batch or image size at that
@@ -472,11 +488,13 @@ def plot(found: dict, path: Path) -> None:
     epochs = range(1, found['epochs'] + 1)
     for axes, lr in zip(panels[0], found['lrs']):
         for begin in found['begins']:
-            curves = [run['accuracy'] for run in _runs(found, lr, begin)]
-            axes.plot(
-                epochs, [statistics.mean(values) for values in zip(*curves)],
-                label=_name(begin))
+            # In one color; a mean of runs that fail and that do not is of
+            # none of them.
+            color = f'C{found["begins"].index(begin)}'
+            for run in _runs(found, lr, begin):
+                axes.plot(epochs, run['accuracy'], color=color, linewidth=.8)
+            axes.plot([], [], color=color, label=_name(begin))
         axes.set(xlabel='epoch', title=f'learning rate {lr:g}')
-    panels[0][0].set(ylabel='test accuracy, mean of seeds')
+    panels[0][0].set(ylabel='test accuracy, a line a seed')
     panels[0][-1].legend(title='begin')
     figure.savefig(path, dpi=120)

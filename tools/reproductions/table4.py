@@ -21,8 +21,8 @@ from mmtune.analysis.modes import put_in_mode, randomize_new_norms
 from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import detection_workload
-from reproductions.material import put_in_folding_mode
-from reproductions.pages import mib, paragraph, table, track
+from reproductions.material import in_processes, put_in_folding_mode
+from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory on COCO'
 QUESTION = paragraph("""
@@ -138,9 +138,9 @@ def run(shape: Sequence[int] = (800, 1344),
     steps = [(row, batch, mode) for row in first.values()
              for batch in sorted(todo[row['model']])
              for mode in modes[row['model']]]
-    for row, batch, mode in track(steps, 'steps'):
-        by_mode = measured[row['model']].setdefault(str(batch), {})
-        by_mode[mode] = measure(row, batch, mode, shape)
+    taken = in_processes(measure, [(*step, shape) for step in steps], 'steps')
+    for (row, batch, mode), found in zip(steps, taken):
+        measured[row['model']].setdefault(str(batch), {})[mode] = found
     for row in rows + suspected:
         row['weights'] = count_weights(row)
         row['steps'] = {

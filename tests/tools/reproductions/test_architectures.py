@@ -10,6 +10,7 @@ from reproductions import architectures
 from reproductions.architectures import CLASSIFICATION, DETECTION, WHOLE
 
 from mmtune import behaviours
+from tests.tools.synthetic import in_turn
 
 MIB = 2**20
 
@@ -40,9 +41,10 @@ def found_of(*rows):
 def measured():
     MMLogger.get_instance('reproduce', log_level='WARNING')
     with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
-        found = architectures.run(
-            (1, 64, 96), (2, 32, 32),
-            ['ResNet-18', 'VGG-16 of SSD', 'ResNeSt-50'], ['YOLOX-S'])
+        with mock.patch.object(architectures, 'in_processes', in_turn):
+            found = architectures.run(
+                (1, 64, 96), (2, 32, 32), (1, 64, 96),
+                ['ResNet-18', 'VGG-16 of SSD', 'ResNeSt-50'], ['YOLOX-S'])
     return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -80,9 +82,37 @@ def test_a_resnet_saves_the_outputs_of_its_convolutions(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', ['ResNet-18', 'MobileNetV2', 'CSPNeXt-S', 'Swin-T'])
+def test_count_without_content_is_that_of_the_cpu(name):
+    there, here = (
+        architectures.measure(name, DETECTION, (2, 64, 96), device)
+        for device in ('meta', 'cpu'))
+    assert there['parameters'] == here['parameters']
+    for mode, taken in here['modes'].items():
+        for key, value in taken.items():
+            if isinstance(value, int):
+                value = pytest.approx(value, rel=.01)
+            assert there['modes'][mode][key] == value, (mode, key)
+
+
+@pytest.mark.parametrize('deploy, tune, says', [
+    (3, 0, 'a 3 against 0. Deploy can fold'),
+    (0, 0, 'a 0 against 0.'),
+])
+def test_page_says_why_deploy_saves_less(deploy, tune, says):
+    entry = row('a', (100, 50))
+    entry['modes']['Deploy'].update(peak=110 * MIB, left_out=deploy)
+    entry['modes']['Tune'].update(left_out=tune)
+    text = ' '.join(architectures.left_out([entry]).split())
+    assert says in text and text.endswith('each call.') == (deploy > tune)
+    assert not architectures.left_out([row('a', (100, 50))])
+
+
+@pytest.mark.slow
 def test_page_of_a_real_run(measured, tmp_path):
     text = architectures.page(measured)
-    assert 'VGG-16 of SSD cannot be put into Tune mode' in text
+    assert 'saving nothing: VGG-16 of SSD (no BatchNorm)' in text
     assert all(f'| {row["name"]} |' in text for row in measured['rows'])
     architectures.plot(measured, tmp_path / 'a.png')
     assert mmcv.imread(tmp_path / 'a.png').shape[1] == 960
@@ -100,10 +130,11 @@ def test_shares():
 @pytest.mark.parametrize('rows, says, not_says', [
     ([row('big', (400, 200)), row('small', (20, 10))],
      ['in 1 of 2 (backbone, as in detection)', 'which one does is 40.0',
-      'which one does not is 2.0', 'small 2.0 of 12.0'], ['no r enough']),
-    ([row('big', (400, 200))], ['in 1 of 1'], ['does not is', 'Too few']),
+      'which one does not is 2.0',
+      '| small | backbone, as in detection | 2.0 | 12.0 |'], ['no r enough']),
+    ([row('big', (400, 200))], ['in 1 of 1'], ['does not is', 'too few']),
     ([row('flat', (400, 300))], ['in 0 of 1', 'no r enough', 'flat ('],
-     ['one does is', 'Too few']),
+     ['one does is', 'too few']),
 ])
 def test_verdict(rows, says, not_says):
     text = ' '.join(' '.join(architectures.verdict(rows)).split())
@@ -128,7 +159,7 @@ def test_page_shows_exceptions():
     assert text.index('| a |') < text.index('| b |')
     assert '| 50.0% | 33.3% | no | KeyError | 33.3% |' in text
     assert '| KeyError | KeyError | no |' in text
-    assert 'c cannot be put into Tune mode' in text
+    assert 'saving nothing: c (KeyError).' in text
 
 
 def test_answer_where_nothing_folds():

@@ -10,6 +10,7 @@ from mmengine.fileio import load
 from reproductions import classification
 
 from mmtune.analysis.modes import MODES
+from tests.tools.synthetic import in_turn
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,6 +26,7 @@ def found(tmp_path_factory):
                 torch.utils.data.TensorDataset(*part[:16])
                 for part in stock(size)
             ])
+        patch.setattr(classification, 'in_processes', in_turn)
         found = classification.run(
             seeds=(0, 1),
             lrs=(1e-4, 1e-3),

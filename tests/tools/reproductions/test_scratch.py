@@ -8,6 +8,7 @@ import torch
 from reproductions import scratch
 
 from mmtune import behaviours
+from tests.tools.synthetic import in_turn
 
 
 @pytest.fixture(scope='module')
@@ -17,6 +18,7 @@ def found(tmp_path_factory):
         # conftest.py does so for each test, but not for this fixture.
         patch.setattr(behaviours, 'SMALL_MAP', 0)
         patch.setattr(behaviours, 'SMALL_SHARE', 0)
+        patch.setattr(scratch, 'in_processes', in_turn)
         stock = finetune_digits.load_data
         for module in (scratch, finetune_digits):
             patch.setattr(
@@ -27,7 +29,7 @@ def found(tmp_path_factory):
         found = scratch.run(
             lrs=(0.01, 1e9),
             begins=(0, 1, None),
-            control=1,
+            controls=(1, ),
             seeds=(0, 1),
             epochs=2,
             size=8,
@@ -109,6 +111,7 @@ def test_a_step_of_tune_holds_less(found):
 @pytest.mark.parametrize('accuracies, text', [
     ({0: .9, 1: .9, None: .9}, '`begin=0` and later did no harm'),
     ({0: .1, 1: .9, None: .9}, 'Earlier it did, with `begin` = 0.'),
+    ({0: .1, 1: .9, None: .9}, '`begin=1` alone did no harm'),
     ({0: .9, 1: .1, None: .9}, 'None of them was harmless'),
     ({0: .9, 1: .88, None: .9}, 'None of them was harmless'),
 ])
@@ -118,10 +121,11 @@ def test_page_judges_when_to_freeze(found, accuracies, text):
 
 def test_page_judges_the_control(found):
     same = with_accuracy(found, {0: .9, 1: .9, None: .9})
-    assert 'in 2 of 2 seeds' in verdict(same)
+    assert '0 of 2 runs fail' in verdict(same)
+    assert 'in 2 of 2 runs' in verdict(same)
     assert 'It is freezing that does it' in verdict(same)
     runs_of(same, lr=0.01, begin=1, mode='Eval')[1]['accuracy'][-1] = .3
-    assert 'in 1 of 2 seeds' in verdict(same)
+    assert 'in 1 of 2 runs' in verdict(same)
     assert 'differ by at most 0.600' in verdict(same)
     assert 'do not agree' in verdict(same)
 
@@ -134,9 +138,30 @@ def test_one_failing_seed_is_harm(found):
     assert 'Nor is it enough' not in verdict(found)
     runs[1]['accuracy'][-1] = .1
     assert 'None of them was harmless' in verdict(found)
-    assert 'Nor is it enough that the statistics have settled' in (
+    assert 'Nor is it enough that a network works with the' in (
         verdict(found))
     assert '1 of 2 failed after' in verdict(found)
+
+
+@pytest.mark.parametrize('seconds, text', [
+    ([.8, 1.], 'unclear'),
+    ([.8, .8], '+10.0% |'),
+    ([1.2, 1.2], '-10.0% |'),
+])
+def test_time_is_spared_where_it_is_beyond_its_spread(found, seconds, text):
+    found = copy.deepcopy(found)
+    found['step']['seconds'] = dict(
+        Train=[1., .8] if text == 'unclear' else [1., 1.],
+        Eval=[1., 1.], Tune=seconds)
+    row, = (line for line in scratch.page(found).splitlines()
+            if line.startswith('| 1 | 0.0050'))
+    assert text in row
+
+
+def test_answer_counts_what_is_frozen_in_mid_run(found):
+    found = dict(with_accuracy(found, {0: .9, 1: .9, None: .9}), lrs=[0.01])
+    assert 'in 1 of 1 settings (begin=1 at a learning rate of 0.01)' in (
+        scratch.answer(found))
 
 
 def test_page_counts_who_learned_without_normalization(found):
@@ -155,7 +180,7 @@ def test_plot(found, tmp_path):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(begins=(0, 5)), 'must hold None'),
-    (dict(begins=(0, None), control=7), '`control` must be one of'),
+    (dict(begins=(0, None), controls=(0, 7)), '`controls` must be of'),
 ])
 def test_wrong_plans_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from reproductions import table4
 
 from mmtune import behaviours
+from tests.tools.synthetic import in_turn
 
 MIB = 2**20
 SMALL = 'retinanet_r50_fpn_tune-1x_coco'
@@ -22,6 +23,7 @@ def in_root():
     """Configs are read from where the driver is started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[3])
+        patch.setattr(table4, 'in_processes', in_turn)
         yield
 
 
