@@ -41,8 +41,9 @@ python tools/reproduce.py --render   # write the pages from their figures
 ```
 
 The figures stand as JSON beside the pages, in
-[reproduction/](reproduction/). What takes COCO and eight GPUs was not run; the
-page on Table 4 has the commands."""
+[reproduction/](reproduction/). What takes eight GPUs was not run; the page on
+Table 4 has the commands for COCO, that on classification those for Table
+3."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -130,7 +131,8 @@ def write_page(name: str, module: ModuleType, record: dict) -> str:
         str: Markdown.
     """
     how = (f'`{record["command"]}`, {duration(record["seconds"])} on '
-           f'{record["cpu"]} ({record["cores"]} cores, no GPU); torch '
+           f'{record["cpu"]} ({record["cores"]} cores), on the '
+           f'{record["device"]}; torch '
            f'{record["torch"]}, mmtune {record["mmtune"]}, commit '
            f'{record["commit"] or "unknown"}.')
     return '\n\n'.join([
@@ -152,7 +154,7 @@ def write_index(docs: Path) -> str:
     Returns:
         str: Markdown.
     """
-    rows, missing, seconds, commits = [], [], 0, set()
+    rows, missing, seconds, commits, machines = [], [], 0, set(), set()
     for name in NAMES:
         path = docs / f'reproduction/{name}.json'
         module = load(name)
@@ -162,12 +164,13 @@ def write_index(docs: Path) -> str:
         record = json.loads(path.read_text())
         seconds += record['seconds']
         commits.add(record['commit'] or 'unknown')
+        machines.add(f'{record["cpu"]} ({record["cores"]} cores)')
         rows.append((f'[{module.TITLE}](reproduction/{name}.md)',
                      module.answer(record['found']),
                      duration(record['seconds'])))
     total = paragraph(
-        f'The runs took {duration(seconds)} together on {record["cpu"]} '
-        f'({record["cores"]} cores, no GPU), at commit '
+        f'The runs took {duration(seconds)} together on '
+        f'{", ".join(sorted(machines))}, on the CPU, at commit '
         f'{", ".join(sorted(commits))}.') if rows else ''
     parts = [INTRODUCTION, table(('page', 'what came out', 'time'), rows),
              total]

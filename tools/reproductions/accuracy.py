@@ -19,11 +19,18 @@ import demo
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from rich.progress import Progress
-from scipy.stats import ttest_rel
 
 from mmtune.analysis.machine import describe_commit
 from reproductions.material import fetch_trees, fetch_weights
-from reproductions.pages import mean_spread, paragraph, table
+from reproductions.pages import (
+    CONFIDENCE,
+    difference_text,
+    difference_verdict,
+    mean_spread,
+    paired_difference,
+    paragraph,
+    table,
+)
 
 TITLE = 'Accuracy on the trees'
 QUESTION = paragraph("""
@@ -50,8 +57,6 @@ MODES: dict[str, tuple[str, Mapping[str, Any]]] = {
     'Eval, from scratch': ('Eval', NOT_PRETRAINED),
 }
 OTHER_THREADS = 'Eval, two threads'
-# How sure an interval is that holds the true mean difference.
-CONFIDENCE = 0.95
 # With what a mode is compared, and what the paper says of it.
 CLAIMS = {
     'Tune': ('Eval', 'In the paper mAP differs by at most 0.003.'),
@@ -432,26 +437,11 @@ def compare(by_mode: Mapping[str, Sequence[dict[str, Any]]], mode: str,
         other (str): What it is compared with.
 
     Returns:
-        tuple[float, tuple[float, float] | None]: The mean difference, and
-        the ends of its confidence interval, by the paired t-test; None where
-        there is none: one seed, or all differences alike.
+        tuple[float, tuple[float, float] | None]: See
+        :func:`reproductions.pages.paired_difference`.
     """
-    values, others = ([run['mAP'] for run in by_mode[name]]
-                      for name in (mode, other))
-    differences = [a - b for a, b in zip(values, others)]
-    mean = statistics.mean(differences)
-    if len(set(differences)) == 1:
-        return mean, None
-    interval = ttest_rel(values, others).confidence_interval(CONFIDENCE)
-    return mean, (float(interval.low), float(interval.high))
-
-
-def difference_text(mean: float, interval: tuple[float, float] | None) -> str:
-    """Write down what :func:`compare` returns."""
-    if interval is None:
-        return f'{mean:+.3f}'
-    low, high = interval
-    return f'{mean:+.3f} ({low:+.3f} to {high:+.3f})'
+    return paired_difference(*([run['mAP'] for run in by_mode[name]]
+                               for name in (mode, other)))
 
 
 def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
@@ -469,15 +459,9 @@ def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
         if not {mode, other} <= by_mode.keys():
             continue
         mean, interval = compare(by_mode, mode, other)
-        if interval is None:
-            told = 'of which these runs cannot say how sure it is'
-        elif interval[0] <= 0 <= interval[1]:
-            told = ('too little to tell from none; a difference outside of '
-                    'the interval is unlikely')
-        else:
-            told = 'which is hardly chance'
         texts.append(f'**{mode}** against {other}: '
-                     f'{difference_text(mean, interval)} mAP, {told}. {claim}')
+                     f'{difference_text(mean, interval)} mAP, '
+                     f'{difference_verdict(interval)}. {claim}')
     return texts
 
 

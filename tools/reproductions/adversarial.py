@@ -388,15 +388,19 @@ def answer(found: dict) -> str:
         str: One sentence.
     """
     targets = found['targets']
-    same = all(target['exact']['differing'][-1] == 0
-               for target in targets.values())
+    ends = [target['exact']['differing'][-1] for target in targets.values()]
+    same = ('the same perturbation as Eval' if not any(ends) else
+            'a perturbation that differs from Eval in '
+            f'{max(ends):.1e} of the values')
+    apart = [target['rows'][mode]['from_exact'][-1]
+             for target in targets.values() for mode in ('Eval', 'Tune')]
     spared = ' and '.join(
         f'{1 - rows["Tune"]["kept"] / rows["Eval"]["kept"]:.0%} ({name})'
         for name, rows in ((name, target['rows'])
                            for name, target in targets.items()))
-    return (f'Tune finds {"the same" if same else "nearly the same"} '
-            f'perturbation as Eval in float64, and keeps {spared} less for '
-            'backward.')
+    return (f'In float64 Tune finds {same}; in float32 both end '
+            f'{min(apart):.0%} to {max(apart):.0%} of the values away from '
+            f'that. Tune keeps {spared} less for backward.')
 
 
 def page(found: dict) -> str:
@@ -416,9 +420,10 @@ def page(found: dict) -> str:
     parts = [
         paragraph(f"""
         Projected gradient descent in the L-infinity ball: {steps} steps of
-        {STEP_SIZE:g} within {RADIUS:g} (in units of normalized images; about
-        one and four of the 255 levels of a pixel), from a random point that is
-        the same in all modes. No parameter learns. The classifier is
+        {STEP_SIZE:g} within {RADIUS:g} (in units of normalized images; for
+        the detector about one and four of the 255 levels of a pixel; not
+        clamped to what pixels can be), from a random point that is the same
+        in all modes. No parameter learns. The classifier is
         MobileNetV2 with ImageNet weights and a linear layer fitted to what it
         says of {found["train_digits"]} handwritten digits, attacked on others
         ({shapes["classifier"]}). The detector is the RetinaNet of
@@ -510,10 +515,11 @@ def verdict_on_signs(target: dict) -> str:
             The gradient at these values is {tune["median_flipped"]:.1e} of the
             usual (medians) and at most {tune["largest_flipped"]:.1e}. Where it
             is next to nothing, rounding decides on the sign, and PGD takes a
-            full step whatever the size; where it is not, rounding has moved
-            some value in the network across the bend of a ReLU6. Then the two
-            search on from different points, and one search parts from the
-            other step by step. """
+            full step whatever the size; where it is not, rounding may have
+            moved some value in the network across the bend of a ReLU6
+            ([statistics](statistics.md) tests that). Then the two search on
+            from different points, and one search parts from the other step by
+            step. """
     else:
         text += 'In float32 no sign differs in the first step. '
     stock_end, tune_end = (rows[mode]['from_exact'][-1]

@@ -93,14 +93,16 @@ def page(found: dict) -> str:
                      "far up to, times Tune's learning rate",
                      [f'{t["limits"][index]["lr"]:.2g}'
                       for t in totals.values()]))
-    rows.append(('within the factor at the best learning rate',
-                 [f'{t["best"]["share"]:.1%}' for t in totals.values()]))
+    rows += [('within the factor at the best learning rate',
+              [f'{t["best"]["share"]:.1%}' for t in totals.values()]),
+             ("that learning rate, times Tune's",
+              [f'{t["best"]["lr"]:.2g}' for t in totals.values()])]
     steps = table((f'factor {found["factor"]:g}', *totals),
                   [(text, *values) for text, values in rows])
     fast = [b['bn'] for b in found['blocks']
             if b['at_same_lr']['faster'] > 0.5]
-    most_above = ('Most scales are above 1, so that Deploy mostly learns '
-                  'slower than Tune, rather than diverges'
+    most_above = ('Most scales are above 1, where Deploy learns slower than '
+                  'Tune; one channel with a small scale is enough to diverge'
                   if sgd['coeff']['median'] > 1 else
                   'Most scales are below 1, so that Deploy mostly steps '
                   'farther than Tune')
@@ -120,7 +122,9 @@ def page(found: dict) -> str:
         paragraph('Other checkpoints: '
                   '`tools/analysis_tools/diagnose_checkpoint.py` takes any. '
                   'What it comes to in training is on the page '
-                  '[mechanism](mechanism.md).')
+                  '[accuracy](accuracy.md) for this checkpoint, with AdamW, '
+                  'and on the page [mechanism](mechanism.md) for a small '
+                  'network, with SGD.')
     ])
 
 

@@ -306,7 +306,8 @@ def answer(found: dict) -> str:
     """
     rows = found['rows']
     can = sum(row['per_channel'] <= TOLERANCE for row in rows.values())
-    fused = sum(row['ran'] == 'fused' for row in rows.values())
+    fused = sum(row['ran'] == 'fused' and row['per_channel'] <= TOLERANCE
+                for row in rows.values())
     return (f'{can} of {len(rows)} layers are a scale and a shift of each '
             'channel that do not depend on the input, which is what a fold '
             f'takes; mmtune folds {fused} of them.')

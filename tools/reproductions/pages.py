@@ -6,8 +6,11 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
+from scipy.stats import ttest_rel
 
 Item = TypeVar('Item')
+# How sure an interval is that holds the true mean difference.
+CONFIDENCE = 0.95
 
 
 def table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -67,6 +70,63 @@ def mean_spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return mean
     return f'{mean} ± {statistics.stdev(values):.{digits}f}'
+
+
+def paired_difference(
+        values: Sequence[float], others: Sequence[float]
+) -> tuple[float, tuple[float, float] | None]:
+    """Compare runs that go in pairs, such as those of a seed in two modes.
+
+    Args:
+        values (Sequence[float]): Of the ones.
+        others (Sequence[float]): Of the others, in the same order.
+
+    Returns:
+        tuple[float, tuple[float, float] | None]: The mean difference, and
+        the ends of its confidence interval (:data:`CONFIDENCE`), by the
+        paired t-test; None where there is none: one pair, or all differences
+        alike.
+    """
+    differences = [a - b for a, b in zip(values, others)]
+    mean = statistics.mean(differences)
+    if len(set(differences)) == 1:
+        return mean, None
+    interval = ttest_rel(values, others).confidence_interval(CONFIDENCE)
+    return mean, (float(interval.low), float(interval.high))
+
+
+def difference_text(mean: float, interval: tuple[float, float] | None) -> str:
+    """Write down what :func:`paired_difference` returns.
+
+    Args:
+        mean (float): The mean difference.
+        interval (tuple[float, float] | None): Around it.
+
+    Returns:
+        str: With three decimals and signs.
+    """
+    if interval is None:
+        return f'{mean:+.3f}'
+    low, high = interval
+    return f'{mean:+.3f} ({low:+.3f} to {high:+.3f})'
+
+
+def difference_verdict(interval: tuple[float, float] | None) -> str:
+    """Say whether there is a difference.
+
+    Args:
+        interval (tuple[float, float] | None): From
+            :func:`paired_difference`.
+
+    Returns:
+        str: To stand behind a comma.
+    """
+    if interval is None:
+        return 'of which these runs cannot say how sure it is'
+    if interval[0] <= 0 <= interval[1]:
+        return ('too little to tell from none; a difference outside of the '
+                'interval is unlikely')
+    return 'which is hardly chance'
 
 
 def track(items: Sequence[Item], what: str) -> Iterator[Item]:

@@ -430,7 +430,7 @@ def page(found: dict) -> str:
         '## Not run here',
         paragraph("""
         Distributed training, where statistics may jump in one process alone:
-        there Eval would be as wrong. Long runs.
+        there Eval goes wrong in the same way. Long runs.
         """)
     ]
     return '\n\n'.join(parts)
@@ -480,7 +480,7 @@ def verdict(dtype: str, curves: dict) -> str:
             {statistics.median(tune):.1e} and {max(tune):.1e}; more than
             {LARGE:g} in {sum(error > LARGE for error in stock)} of
             {len(stock)} steps and in {sum(error > LARGE for error in tune)}.
-            An error that large needs more than rounding."""
+            """
     text += f""" By their own steps the losses of Tune and Eval come to be up
         to {own:.1e} apart, those of Eval and Eval with shuffled batches up to
         {control:.1e}: """
@@ -501,10 +501,10 @@ def verdict_on_bends(smooth: dict) -> str:
         largest are {max(smooth["Eval"]):.1e} and {max(smooth["Tune"]):.1e}.
         """
     if not any(large.values()):
-        return text + """So the large errors above are made where a ReLU6
+        return text + """So errors as large as that are made where a ReLU6
             bends: a value next to that point gets a gradient or none, as it is
             rounded, in Eval as in Tune."""
-    return text + 'So ReLU6 alone does not explain the large errors above.'
+    return text + 'So ReLU6 alone does not explain errors as large as that.'
 
 
 def how_it_ran(found: dict) -> str:
@@ -530,14 +530,15 @@ def verdict_on_deploy(found: dict) -> str:
         if stock is not None and deploy is not None:
             ratios[name] = deploy / stock
     low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
+    below = sum(ratio < 1 for ratio in ratios.values())
     return f"""Deploy has no statistics left after the fold, so none of these
         changes reaches it: no BatchNorm to re-estimate, to put into train
         mode or to load another domain's statistics into. It learns on as if
         nothing had happened, and by other steps than Eval from the first on
-        ([deploy.md](../deploy.md)). Its mean loss is {ratios[low]:.2g} times
-        Eval's after "{low}" and {ratios[high]:.2g} times after "{high}". Where
-        a jump does harm, that is to its advantage, and where it does good,
-        not; in either case it is no longer the model that Eval trains."""
+        ([deploy.md](../deploy.md)). Its mean loss is below Eval's after
+        {below} of {len(ratios)} events: {ratios[low]:.2g} times Eval's after
+        "{low}" and {ratios[high]:.2g} times after "{high}". A run without
+        jumps is easier to learn in; it is not the run that Eval makes."""
 
 
 def plot(found: dict, path: Path) -> None:

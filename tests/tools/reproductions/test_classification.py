@@ -106,10 +106,25 @@ def test_page_compares_the_best_rate_of_each_mode(found):
     found = with_accuracy(found, accuracies)
     text = section(classification.page(found), 'Accuracy')
     assert ('Tune at its best learning rate (0.0001) less Train at its own '
-            '(0.001): +0.0000, which is no more than') in text
-    worse = with_accuracy(found, {('Tune', 1e-4): .8})
-    text = section(classification.page(worse), 'Accuracy')
-    assert 'less Eval at its own (0.0001): -0.1000, which is more' in text
+            '(0.001): +0.000, of which these runs cannot say') in text
+    assert 'learning rate of Train, Eval, Tune is the smallest' in text
+    runs = [run for run in found['runs'] if run['mode'] == 'Tune']
+    for run in runs:
+        run['accuracy'] -= (.2, .201)[run['seed']]
+    text = section(classification.page(found), 'Accuracy')
+    # t(1) = 12.706, the standard error is 0.0005.
+    assert ('less Eval at its own (0.0001): -0.201 (-0.207 to -0.194), which '
+            'is hardly chance') in text
+
+
+@pytest.mark.parametrize('lrs, said', [
+    ((1e-5, 1e-4, 1e-3), ''),
+    ((1e-4, 1e-3), 'The best learning rate of Train is the smallest'),
+])
+def test_page_says_where_a_best_rate_is_at_the_edge(lrs, said):
+    best = dict(Train=1e-4)
+    assert classification._edges(dict(lrs=lrs), best).startswith(said)
+    assert bool(classification._edges(dict(lrs=lrs), best)) == bool(said)
 
 
 def test_page_says_where_fixed_statistics_fail(found):
@@ -139,7 +154,7 @@ def test_page_judges_the_memory_saved(found, share, other, text):
 def test_single_seed_is_not_judged(found):
     found = copy.deepcopy(found)
     found['runs'] = [run for run in found['runs'] if run['seed'] == 0]
-    assert 'says nothing about the spread' in section(
+    assert 'these runs cannot say how sure' in section(
         classification.page(found), 'Accuracy')
 
 

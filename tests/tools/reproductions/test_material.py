@@ -57,3 +57,17 @@ def test_small_maps_are_folded(place):
     material.put_in_folding_mode(model, 'Tune')
     model(*material.digits(32, 2))
     assert set(runs(model)) == {'fused'}
+
+
+def test_in_processes_of_one_thread_each(capfd):
+    found = material.in_processes(
+        divmod, [(7, 2), (9, 4)], 'Divide')
+    assert found == [(3, 1), (2, 1)]
+    assert material.in_processes(torch.get_num_threads, [(), ()],
+                                 'Count') == [1, 1]
+
+
+def test_what_fails_in_a_process_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        material.in_processes(divmod, [(1, 1), (1, 0)] + 99 * [(1, 1)],
+                              'Divide')

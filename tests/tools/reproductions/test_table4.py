@@ -213,11 +213,34 @@ def test_savings_are_read_from_a_line():
     assert table4.eval_total(entry) == pytest.approx(1600 * MIB)
 
 
+@pytest.mark.parametrize('name, eval_total, says, not_says', [
+    ('a', 1900, 'takes 1.05 to 1.05 times as much', 'It takes less in'),
+    ('a', 2100, 'It takes less in a.', 'focal loss'),
+    ('retinanet', 2100, "RetinaNet's focal loss is one kernel", 'none'),
+])
+def test_what_eval_takes_is_compared(name, eval_total, says, not_says):
+    entry = row(name, steps={2: (eval_total, 1000, 900)})
+    text = ' '.join(table4.verdict_on_eval([entry]).split())
+    assert says in text and not_says not in text
+
+
+def test_mmtune_need_not_save_more():
+    less = row(steps={2: (4000, 3000, 3100)})
+    assert 'in 0 of 1 rows' in table4.verdict_on_mmtune([less])
+    assert 'keeps no' not in table4.verdict_on_mmtune([less])
+    assert 'keeps no' in table4.verdict_on_mmtune([row()])
+
+
+@pytest.mark.parametrize('batch, ends', [(2, '8'), (16, '--auto-scale-lr')])
+def test_larger_batches_scale_the_learning_rate(batch, ends):
+    assert f'8{table4.scaling(row(batch=batch))}'.endswith(ends)
+
+
 @pytest.mark.parametrize('saves, close', [(1000, 'yes'), (1049, 'yes'),
                                           (1051, 'no'), (949, 'no')])
 def test_verdict_of_a_row(saves, close):
     entry = row(steps={2: (4000, 4000 - saves, 2000)})
-    assert table4.row_cells(entry)[7] == close
+    assert table4.row_cells(entry)[8] == close
     count = int(close == 'yes')
     assert f'{count} of 1 rows in FP32' in table4.answer(found_of([entry]))
 
@@ -244,7 +267,7 @@ def test_page_splits_what_halves_save(fixed, slope, says):
 
 
 @pytest.mark.parametrize('saves, says', [
-    ((2000, 1000), "is a ResNet-50's"),
+    ((2000, 1000), 'fits a ResNet-50 better'),
     ((1000, 2000), 'the note in its metafile is wrong'),
 ])
 def test_page_judges_the_row_in_question(saves, says):
