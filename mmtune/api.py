@@ -246,10 +246,10 @@ def _select(model: nn.Module,
     if not modules:
         raise ValueError('`modules` must name at least one submodule, but '
                          'got an empty list; None takes the whole model')
-    return [_submodule(model, name) for name in modules]
+    return [find_submodule(model, name) for name in modules]
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def find_submodule(model: nn.Module, name: str) -> nn.Module:
     module, path = model, ''
     for part in name.split('.'):
         children = dict(module.named_children())

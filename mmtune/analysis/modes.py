@@ -4,8 +4,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from mmtune.api import turn_on
+from mmtune.api import find_submodule, turn_on
 from mmtune.report import Report
 
 __all__ = ['MODES', 'put_in_mode', 'randomize_new_norms']
@@ -31,14 +32,14 @@ def put_in_mode(model: nn.Module,
         Report: Of Tune and Deploy, else None.
 
     Raises:
-        ValueError: For another mode, or where there is nothing to rewrite.
-        AttributeError: If a name in ``modules`` does not exist.
+        ValueError: For another mode, if a name in ``modules`` does not
+            exist, or where there is nothing to rewrite.
         Exception: Whatever MMEngine's rewrite raises on this model.
     """
     if mode not in MODES:
         raise ValueError(f'`mode` must be one of {", ".join(MODES)}, but got '
                          f'{mode!r}')
-    parts = [model.get_submodule(name) for name in modules or ['']]
+    parts = [find_submodule(model, name) for name in modules or []] or [model]
     members = [module for part in parts for module in part.modules()]
     for module in members:
         # MMDetection's backbones do in train() what this says.
@@ -74,11 +75,19 @@ def randomize_new_norms(model: nn.Module) -> None:
 
     Args:
         model (nn.Module): BatchNorms with other statistics stay.
+
+    Raises:
+        ValueError: If a layer waits for its first input to get its shape.
     """
     generator = torch.Generator().manual_seed(0)
     for norm in model.modules():
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
+        if is_lazy(norm.running_mean):
+            raise ValueError(
+                'layers must have a shape, but a '
+                f'{type(norm).__name__} waits for its first input; run the '
+                'model once where it is built')
         if norm.running_mean.any() or (norm.running_var != 1).any():
             continue
         norm.running_mean.normal_(std=0.1, generator=generator)

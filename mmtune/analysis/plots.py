@@ -74,6 +74,11 @@ def plot_scales(spread: Sequence[Mapping[str, float]], factor: float,
         alpha=0.15,
         label=f"step within {factor:g} times Tune's")
     axes.axhline(1, color='tab:green', linewidth=1)
+    # A zero has no place on a logarithmic axis.
+    least = min((value for row in spread for value in row.values()
+                 if value > 0), default=1.)
+    spread = [{name: max(value, least / 10) for name, value in row.items()}
+              for row in spread]
     places = range(1, len(spread) + 1)
     for low, high, width in (('min', 'max', 1), ('1%', '99%', 3)):
         axes.vlines(
@@ -112,7 +117,7 @@ def plot_steps(results: Sequence[Mapping[str, Any]],
     figure = Figure(figsize=(8, 4 * len(results)), layout='constrained')
     panels = figure.subplots(len(results), squeeze=False)[:, 0]
     for axes, found in zip(panels, results):
-        if not isinstance(found, Mapping) or 'modes' not in found:
+        if not isinstance(found, Mapping) or not found.get('modes'):
             keys = ', '.join(found) if isinstance(found, Mapping) else found
             raise ValueError(
                 'results must have been written by benchmark_modes.py or '
@@ -182,8 +187,9 @@ def _draw_estimate(axes: Axes, found: Mapping[str, Any]) -> None:
     """Draw lines of memory over the batch, with their errors."""
     target, limit = found['batch_size'], found['gpu_memory']
     modes = _measured(found)
-    end = max([target, *(row.get('largest_batch') or 0
-                         for row in modes.values())])
+    # Farther out the measured runs would be a dot.
+    end = min(2 * target, max([target, *(row.get('largest_batch') or 0
+                                         for row in modes.values())]))
     for mode, row in modes.items():
         color = MODE_COLORS[mode]
         runs = row['runs']
@@ -195,6 +201,8 @@ def _draw_estimate(axes: Axes, found: Mapping[str, Any]) -> None:
             row['fixed'] / GIB, (row['fixed'] + end * row['per_image']) / GIB
         ],
                   color=color,
+                  # Larger batches take more than that.
+                  linestyle='-' if row['is_steady'] else ':',
                   label=mode)
         axes.errorbar(
             target,

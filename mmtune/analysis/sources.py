@@ -4,6 +4,7 @@ A model from a callable needs torch alone; what belongs to MMEngine is
 imported where a config is read.
 """
 import importlib
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def build_model(config: 'Config', pretrained: bool = False) -> nn.Module:
         nn.Module: The model, on the CPU.
 
     Raises:
-        RuntimeError: If the weights can be neither found nor fetched.
+        OSError: If the weights can be neither found nor fetched.
     """
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
@@ -74,7 +75,9 @@ def build_model(config: 'Config', pretrained: bool = False) -> nn.Module:
     scope = config.get('default_scope', 'mmengine')
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(ConfigDict(settings))
-        if pretrained and hasattr(model, 'init_weights'):
+        # Without weights to load too: proposals and biases of heads have
+        # initial values without which a step makes no sense.
+        if hasattr(model, 'init_weights'):
             _init_weights(model)
     # Some return nothing.
     model.train()
@@ -85,7 +88,7 @@ def _init_weights(model: Any) -> None:
     try:
         model.init_weights()
     except (OSError, ImportError) as error:
-        raise RuntimeError(
+        raise OSError(
             'the weights that the config names cannot be loaded here '
             f'({error}); pass a checkpoint beside the config') from error
 
@@ -186,7 +189,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no tensors, or was written in Deploy mode.
+        ValueError: If it is none, holds no tensors, or was written in Deploy
+            mode.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -197,7 +201,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         pass  # without MMEngine there are none of its checkpoints
     else:
         allow_mmengine_checkpoints()
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f'{path} cannot be read as a checkpoint '
+            f'({type(error).__name__}); pass a file that torch.save wrote, '
+            'with tensors by name') from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     if meta and meta.get('mmtune_mode') == 'Deploy':
         raise ValueError(

@@ -1,5 +1,6 @@
 """Take a training step, and count what it takes."""
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
     """Follow what is created inside; gives a function that tells the peak."""
     if device.type == 'cuda':
+        # Else what earlier modes have left may be freed inside.
+        gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

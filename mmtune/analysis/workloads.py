@@ -1,4 +1,5 @@
 """Batches to step on, where there is no data: of a detector, of any model."""
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def image_workload(shape: tuple[int, int],
     """Make a step of a model that takes images and gives tensors.
 
     The loss is cross-entropy where the model gives one tensor of shape
-    (N, classes), and otherwise the sum of the mean squares of all tensors.
+    (N, classes), of two classes or more, and otherwise the sum of the mean
+    squares of all tensors.
 
     Args:
         shape (tuple[int, int]): Height and width in pixels.
@@ -75,7 +77,8 @@ def image_workload(shape: tuple[int, int],
         device (str): Where to put the images.
 
     Returns:
-        Workload: Of random images, always the same; trained by SGD.
+        Workload: Of random images, always the same; trained by SGD. Its
+        loss raises a ValueError where the model cannot take them.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, *shape, generator=generator)
@@ -83,11 +86,25 @@ def image_workload(shape: tuple[int, int],
     labels = labels.to(device)
 
     def loss(model: nn.Module, images: Tensor) -> Tensor:
-        output = model(images)
-        if isinstance(output, Tensor) and output.dim() == 2:
+        try:
+            output = model(images)
+        except (TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            message = str(error).strip().partition('\n')[0]
+            raise ValueError(
+                'the model must take float32 images of shape '
+                f'{tuple(images.shape)} as its one argument, but raised '
+                f'{type(error).__name__}: {message}') from error
+        if (isinstance(output, Tensor) and output.dim() == 2
+                and output.shape[1] > 1):
             return F.cross_entropy(output, labels % output.shape[1])
         maps = [leaf for leaf in tree_leaves(output)
                 if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not maps:
+            raise ValueError(
+                'the model must give tensors of floats, but gave '
+                f'{type(output).__name__}')
         return torch.stack([m.float().square().mean() for m in maps]).sum()
 
     return Workload(images.to(device), loss, _SGD)
@@ -112,13 +129,20 @@ def detection_workload(config: 'Config',
         Always the same.
 
     Raises:
-        ValueError: If the model is no detector, or has several optimizers.
+        ValueError: If the model is no detector that learns from annotated
+            images alone, or has several optimizers.
     """
-    from mmdet.models.detectors import BaseDetector
-    if not isinstance(model, BaseDetector):
+    from mmdet.models.detectors import (
+        BaseDetector,
+        FastRCNN,
+        SemiBaseDetector,
+    )
+    if not isinstance(model, BaseDetector) or isinstance(
+            model, (FastRCNN, SemiBaseDetector)):
         raise ValueError(
-            "the config's model must be a detector of MMDetection, but is a "
-            f'{type(model).__name__}; pass other models with --model')
+            "the config's model must be a detector of MMDetection that learns "
+            f'from annotated images alone, but is a {type(model).__name__}; '
+            'pass other models with --model')
     settings = config.get('optim_wrapper') or {}
     if 'optimizer' not in settings:
         raise ValueError(
@@ -127,8 +151,10 @@ def detection_workload(config: 'Config',
     generator = torch.Generator().manual_seed(0)
     classes = _num_classes(config.model)
     dataset = config.get('train_dataloader')
-    with_mask = _has(dataset, 'with_mask')
-    with_seg = _has(dataset, 'with_seg')
+    # This loads both, as long as the config does not say otherwise.
+    panoptic = _has_type(dataset, 'LoadPanopticAnnotations')
+    with_mask = panoptic or _has(dataset, 'with_mask')
+    with_seg = panoptic or _has(dataset, 'with_seg')
     samples = [
         _annotate(shape, index, classes, with_mask, with_seg, generator)
         for index in range(batch_size)
@@ -143,7 +169,9 @@ def detection_workload(config: 'Config',
             dict(inputs=list(images), data_samples=samples), training=True)
 
     def loss(model: Any, images: Tensor) -> Tensor:
-        losses = model(images, data['data_samples'], mode='loss')
+        # Some heads change them.
+        samples = copy.deepcopy(data['data_samples'])
+        losses = model(images, samples, mode='loss')
         return model.parse_losses(losses)[0]
 
     return Workload(data['inputs'], loss,
@@ -169,9 +197,11 @@ def _num_classes(settings: Any) -> int:
         return sys.maxsize
     if not isinstance(settings, dict):
         return min(map(_num_classes, settings), default=sys.maxsize)
-    own = settings.get('num_classes')
     # None and the like are there too.
-    found = [own] if isinstance(own, int) else []
+    found = [
+        own for own in map(settings.get, ('num_classes', 'num_things_classes'))
+        if isinstance(own, int) and own > 0
+    ]
     return min([*found, *map(_num_classes, settings.values())])
 
 
@@ -182,6 +212,16 @@ def _has(settings: Any, switch: str) -> bool:
             list(settings.values()), switch)
     if isinstance(settings, (list, tuple)):
         return any(_has(value, switch) for value in settings)
+    return False
+
+
+def _has_type(settings: Any, name: str) -> bool:
+    """Tell whether anything in a part of a config is of a type."""
+    if isinstance(settings, dict):
+        return settings.get('type') == name or _has_type(
+            list(settings.values()), name)
+    if isinstance(settings, (list, tuple)):
+        return any(_has_type(value, name) for value in settings)
     return False
 
 

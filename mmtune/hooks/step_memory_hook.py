@@ -1,5 +1,6 @@
 """Log what a training step takes, and what Tune mode spares it."""
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ class StepMemoryHook(Hook):
     - ``train/peak_memory``: on the CPU the peak of the tensors that the step
       creates (:func:`mmtune.analysis.peak_bytes`), on a GPU the peak of its
       allocator;
-    - ``train/spared_memory``: the feature maps that the fused blocks of the
-      first step do not keep for backward, and Eval mode would.
+    - ``train/spared_memory``: the feature maps that the fused blocks of that
+      step do not keep for backward, and Eval mode would. Those inside of an
+      activation checkpoint count too, though there Eval does not keep them
+      until the backward.
 
-    On the CPU a step that is measured takes longer than others.
+    The first step is measured too, and the log says then what is spared. On
+    the CPU a step that is measured takes longer than others.
 
     Args:
         interval (int): Iterations from one measured step to the next.
@@ -51,8 +55,7 @@ class StepMemoryHook(Hook):
             raise ValueError('`interval` must be a positive number of '
                              f'iterations, but got {interval!r}')
         self.interval = interval
-        self._spared = 0
-        self._first = True
+        self._said = False
 
     def before_train_iter(self,
                           runner: Runner,
@@ -65,7 +68,7 @@ class StepMemoryHook(Hook):
             batch_idx (int): Unused.
             data_batch (optional): Unused.
         """
-        if self._first or self.every_n_train_iters(
+        if not self._said or self.every_n_train_iters(
                 runner, self.interval):
             self._measure_next_step(runner)
 
@@ -80,37 +83,50 @@ class StepMemoryHook(Hook):
                 del model.train_step
             else:
                 model.train_step = own
-            peak, outputs = self._measured(model, stock, *args, **kwargs)
+            with _spared_bytes(model) as spared:
+                peak, outputs = _measured(stock, *args, **kwargs)
             hub = runner.message_hub
             hub.update_scalar('train/peak_memory', peak / MIB)
-            hub.update_scalar('train/spared_memory', self._spared / MIB)
+            hub.update_scalar('train/spared_memory', sum(spared) / MIB)
+            if not self._said:
+                self._said = True
+                runner.logger.info(
+                    f'A step takes {peak / MIB:.1f} MiB at its peak; fused '
+                    f'blocks spare it {sum(spared) / MIB:.1f} MiB that Eval '
+                    'mode would keep for backward')
             return outputs
 
         model.train_step = train_step
 
-    def _measured(self, model: nn.Module, step: Callable, *args: Any,
-                  **kwargs: Any) -> tuple[int, Any]:
-        """Run a step; give its peak in bytes and its outputs."""
-        handles = []
-        if self._first:
-            self._first = False
-            handles = [
-                module.register_forward_hook(self._add_spared)
-                for module in model.modules()
-                if behaviour_of(module) is FoldingNorm
-            ]
-        try:
-            if torch.cuda.is_available():
-                outputs = step(*args, **kwargs)
-                return torch.cuda.max_memory_allocated(), outputs
-            with peak_bytes() as memory:
-                outputs = step(*args, **kwargs)
-            return memory.peak, outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _add_spared(self, norm: nn.Module, inputs: Any,
-                    output: torch.Tensor) -> None:
-        if norm._tune_state.ran == 'fused' and output.requires_grad:
-            self._spared += output.nbytes
+def _measured(step: Callable, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+    """Run a step; give its peak in bytes and its outputs."""
+    if torch.cuda.is_available():
+        outputs = step(*args, **kwargs)
+        return torch.cuda.max_memory_allocated(), outputs
+    with peak_bytes() as memory:
+        outputs = step(*args, **kwargs)
+    return memory.peak, outputs
+
+
+@contextlib.contextmanager
+def _spared_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """Collect the sizes of the maps that fused blocks do not keep."""
+    spared: list[int] = []
+
+    def add(norm: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        # A checkpoint runs the forward again, in the backward.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if (norm._tune_state.ran == 'fused' and output.requires_grad
+                and not in_backward):
+            spared.append(output.nbytes)
+
+    handles = [
+        module.register_forward_hook(add) for module in model.modules()
+        if behaviour_of(module) is FoldingNorm
+    ]
+    try:
+        yield spared
+    finally:
+        for handle in handles:
+            handle.remove()

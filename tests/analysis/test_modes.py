@@ -81,7 +81,7 @@ def test_some_modules(mode):
 @pytest.mark.parametrize('mode, modules, error, message', [
     ('Trian', None, ValueError, "one of Train, Eval.*but got 'Trian'"),
     ('tune', None, ValueError, "but got 'tune'"),
-    ('Eval', ['nack'], AttributeError, 'nack'),
+    ('Eval', ['nack'], ValueError, 'nack'),
     ('Tune', ['2'], ValueError, 'nothing to put into Tune mode'),
 ])
 def test_what_cannot_be_done(mode, modules, error, message):

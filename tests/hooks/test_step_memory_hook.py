@@ -7,7 +7,9 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 
 from mmtune.analysis import peak_bytes
+from mmtune.api import turn_on
 from mmtune.hooks import StepMemoryHook
+from mmtune.hooks.step_memory_hook import _spared_bytes
 from tests import toy
 
 MIB = 2**20
@@ -42,6 +44,48 @@ def test_measures_each_interval(interval, steps, tune, tmp_path):
     plain = toy.build_runner(tmp_path, **options)
     plain.train()
     assert toy.losses(runner) == toy.losses(plain)
+
+
+def test_the_log_says_at_the_start_what_is_spared(tmp_path):
+    runner = toy.build_runner(
+        tmp_path, custom_hooks=hooks(3), default_hooks=toy.TUNE,
+        efficient_conv_bn_eval=dict(modules=['backbone']))
+    runner.train()
+    said = f'fused blocks spare it {SPARED / MIB:.1f} MiB'
+    assert toy.logged(runner).count(said) == 1
+
+
+def test_what_begins_in_mid_run_is_spared_from_then_on(tmp_path):
+    runner = toy.build_runner(
+        tmp_path, custom_hooks=hooks(1), default_hooks=toy.TUNE,
+        efficient_conv_bn_eval=dict(modules=['backbone'], begin=1))
+    for module in runner.model.modules():
+        if hasattr(module, 'norm_eval'):
+            module.norm_eval = False
+    runner.train()
+    spared = list(history(runner, 'spared_memory'))
+    half = len(spared) // 2
+    assert spared == [0] * half + [SPARED / MIB] * half
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_a_checkpoint_is_counted_once(reentrant):
+    from torch.utils.checkpoint import checkpoint
+    model = toy.conv_bns(torch.float32).eval()
+    turn_on(model)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    model(x)
+
+    def step():
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+    step()
+    with _spared_bytes(model) as spared:
+        step()
+    with _spared_bytes(model) as plain:
+        model(x)
+    assert sum(spared) == (0 if reentrant else sum(plain))
+    assert sum(plain) > 0
 
 
 def test_peak_is_that_of_the_step(tmp_path):

@@ -36,7 +36,7 @@ def run(monkeypatch, tmp_path, capsys):
         spec = importlib.util.spec_from_file_location(name, path)
         tool = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tool)
-        tool.main()
+        tool.run(tool.main)
         return (json.loads(Path('out/found.json').read_text()),
                 capsys.readouterr().out)
 
@@ -169,15 +169,36 @@ def test_plain_models_need_torch_alone(tool, options, expected, tmp_path):
     assert ' ...\n' in result.stderr
 
 
-@pytest.mark.parametrize('arguments, error, message', [
-    (['nowhere.py'], FileNotFoundError, 'nowhere.py'),
-    (['--model', 'torch.nn:Convolution'], ValueError, "'Convolution'"),
-    (['--model', 'torch.nn:Identity'], ValueError, 'nothing to put into Tune'),
-    ([RETINANET, '--modules', 'backbne'], ValueError, "'backbne'"),
+@pytest.mark.parametrize('arguments, message', [
+    (['nowhere.py'], 'nowhere.py'),
+    (['nowhere.txt'], 'nowhere.txt'),
+    (['--model', 'torch.nn:Convolution'], "'Convolution'"),
+    (['--model', 'nowhere:net'], 'nowhere'),
+    ([RETINANET, '--modules', 'backbne'], "'backbne'"),
 ])
-def test_inspect_what_is_not_there(run, arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_inspect_what_is_not_there(run, arguments, message):
+    """A user sees a sentence, and no stack trace."""
+    with pytest.raises(
+            SystemExit, match=rf'inspect_conv_bn.py: error: .*{message}'):
         run('inspect_conv_bn', *arguments)
+
+
+def test_inspect_a_model_without_batchnorm(run):
+    found, shown = run('inspect_conv_bn', '--model', 'torch.nn:Identity')
+    assert found['blocks'] == [] and found['totals']['blocks'] == 0
+    assert 'nothing to put into Tune mode' in shown
+
+
+def test_inspect_a_model_whose_blocks_are_all_left_out(run, tmp_path):
+    (tmp_path / 'left_net.py').write_text(
+        'from torch import nn\n'
+        'def net():\n'
+        '    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))\n')
+    found, shown = run('inspect_conv_bn', '--model', 'left_net:net', '--plot',
+                       'a.png')
+    row, = found['blocks']
+    assert row['runs'] == 'left out' and row['reason'] in shown
+    assert is_picture('a.png')
 
 
 @pytest.mark.parametrize('tool, arguments, message', [
@@ -193,6 +214,12 @@ def test_inspect_what_is_not_there(run, arguments, error, message):
     ('benchmark_modes', ['a.py', '--rounds', '-1'], '0 or more, but got -1'),
     ('benchmark_modes', ['a.py', '--shape', '0', '8'], "1 on, but got '0'"),
     ('benchmark_modes', ['a.py', '--batch-size', 'two'], "but got 'two'"),
+    ('benchmark_modes', ['a.py', '--plot', 'a.foo'], "but got 'a.foo'"),
+    ('benchmark_modes', ['a.py', '--plot', '/proc/a.png'], 'can be written'),
+    ('diagnose_checkpoint', ['a.py', '--factor', '0.5'], '1 or more, but'),
+    ('diagnose_checkpoint', ['a.py', '--factor', 'nan'], "but got 'nan'"),
+    ('diagnose_checkpoint', ['a.py', '--lr', '0'], "but got '0'"),
+    ('diagnose_checkpoint', ['a.py', '--lr', 'inf'], "but got 'inf'"),
     ('estimate_memory', ['a.py', '--batches', '1', '2'], 'three or more'),
     ('estimate_memory', ['a.py', '--batches', '1', '2', '2'], 'got 1 2 2'),
     *(('estimate_memory', ['a.py', '--gpu-memory', wrong], 'like 24GiB')
@@ -237,6 +264,7 @@ def test_diagnose_a_checkpoint(run, config, optimizer, lr, frozen, left_out):
     too_far = (coeff**-power > 10).double().mean().item()
     assert 0 < too_far < 1
     assert found['total']['at_same_lr']['faster'] == pytest.approx(too_far)
+    assert f'unstable: {too_far:.1%} of the channels step too far' in shown
     bound = 10 * coeff.min().item()**power
     assert found['total']['limits'][0]['lr'] == pytest.approx(bound)
     assert f'{bound * lr:.3g}' in shown
@@ -309,7 +337,7 @@ def test_diagnose_another_optimizer(run, tmp_path):
         'optim_wrapper = dict(optimizer=dict(type="Lion", lr=1e-4))\n')
     trained('config.py', 'trained.pth')
     command = ['diagnose_checkpoint', 'trained.pth', '--config', 'config.py']
-    with pytest.raises(ValueError, match='trains with Lion.*--optimizer SGD'):
+    with pytest.raises(SystemExit, match='trains with Lion.*--optimizer SGD'):
         run(*command)
     found, _ = run(*command, '--optimizer', 'Adam')
     assert (found['optimizer'], found['lr']) == ('Adam', 1e-4)
@@ -318,14 +346,14 @@ def test_diagnose_another_optimizer(run, tmp_path):
 def test_diagnose_a_model_that_deploy_cannot_fold(run):
     torch.save({'backbone.bn1.running_var': torch.ones(64)}, 'a.pth')
     with pytest.raises(
-            ValueError, match='into Deploy mode.*80 x ConvAWS2d makes a w'):
+            SystemExit, match='into Deploy mode.*80 x ConvAWS2d makes a w'):
         run('diagnose_checkpoint', 'a.pth', '--config', DETECTORS)
 
 
 def test_diagnose_a_checkpoint_without_statistics(run):
     torch.save({'backbone.conv1.weight': torch.ones(64, 3, 7, 7)}, 'a.pth')
     with pytest.raises(
-            ValueError, match='no block to diagnose: .*those of a new Batch'):
+            SystemExit, match='no block to diagnose: .*those of a new Batch'):
         run('diagnose_checkpoint', 'a.pth', '--config', RETINANET)
 
 
@@ -436,14 +464,81 @@ def test_benchmark_a_model_whose_norms_train(run):
     assert tuned['kept'] < found['modes']['Eval']['kept']
 
 
-@pytest.mark.parametrize('arguments, error, message', [
-    (['nowhere.py'], FileNotFoundError, 'nowhere.py'),
-    ([RETINANET, '--modules', 'backbne'], AttributeError, 'backbne'),
-    (['--model', 'torch.nn:Identity'], ValueError, 'no parameter'),
+@pytest.mark.parametrize('arguments, message', [
+    (['nowhere.py'], 'nowhere.py'),
+    ([RETINANET, '--modules', 'backbne'], "no submodule 'backbne'; it has"),
+    (['--model', 'torch.nn:Identity'], 'no parameter'),
+    (['--model', 'torch.nn:LazyBatchNorm2d'], 'waits for its first input'),
+    (['--model', 'odd_net:two'], 'shape (2, 3, 64, 96) as its one argument'),
+    (['--model', 'odd_net:nothing'], 'tensors of floats, but gave NoneType'),
+    (['mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_'
+      'semi-0.1-coco.py'], 'annotated images alone, but is a SoftTeacher'),
 ])
-def test_benchmark_what_is_not_there(run, arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_benchmark_what_cannot_be(run, tmp_path, arguments, message):
+    (tmp_path / 'odd_net.py').write_text(
+        'from torch import nn\n'
+        'class two(nn.Conv2d):\n'
+        '    def __init__(self):\n'
+        '        super().__init__(3, 2, 1)\n'
+        '    def forward(self, x, y):\n'
+        '        return x\n'
+        'class nothing(two):\n'
+        '    def forward(self, x):\n'
+        '        return None\n')
+    with pytest.raises(SystemExit) as raised:
         run('benchmark_modes', *arguments, *TINY)
+    text = str(raised.value)
+    assert text.startswith('benchmark_modes.py: error: ') and message in text
+
+
+@pytest.mark.parametrize('config', [
+    'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
+    'mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+    'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
+    'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',
+])
+@pytest.mark.slow
+def test_benchmark_detectors_of_other_kinds(run, config):
+    """Heads that change samples, boxes that learn, things beside stuff."""
+    found, _ = run('benchmark_modes', config, '--shape', '128', '160',
+                   '--batch-size', '1', '--modes', 'tune', '--rounds', '0',
+                   '--modules', 'backbone')
+    assert found['modes']['Tune']['off_eval']['loss'] < 1e-3
+
+
+def test_benchmark_goes_on_where_nothing_can_be_compared(run, tmp_path):
+    (tmp_path / 'zero_net.py').write_text(
+        'from torch import nn\n'
+        'class net(nn.Module):\n'
+        '    def __init__(self):\n'
+        '        super().__init__()\n'
+        '        self.layers = nn.Sequential(\n'
+        '            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(),\n'
+        '            nn.LazyLinear(1))\n'
+        '        self.layers(__import__("torch").ones(2, 3, 8, 8))\n'
+        '    def forward(self, x):\n'
+        '        return 0 * self.layers(x)\n')
+    found, shown = run('benchmark_modes', '--model', 'zero_net:net', '--shape',
+                       '8', '8', '--modes', 'tune', '--rounds', '0')
+    assert found['modes']['Tune']['loss'] == 0
+    assert found['modes']['Tune']['off_eval'] == dict(
+        loss=None, gradient=None)
+
+
+def test_benchmark_goes_on_without_float64(run, monkeypatch):
+    found, shown = run('benchmark_modes', FASTER_RCNN, '--shape', '64', '96',
+                       '--modes', 'tune', '--rounds', '0', '--exact')
+    assert 'Eval cannot be run in float64: ' in shown
+    assert found['modes']['Tune']['off_float64']['gradient'] is None
+
+
+def test_no_times_where_bfloat16_is_computed_in_float32(run, monkeypatch):
+    from mmtune.analysis import steps
+    monkeypatch.setattr(steps, 'has_bfloat16_kernels', lambda: False)
+    found, shown = run('benchmark_modes', TREES, *TINY, '--modes', 'tune',
+                       '--rounds', '1', '--amp')
+    assert 'Nothing is timed' in shown
+    assert 'seconds' not in found['modes']['Tune']
 
 
 # ----------------------------------------------------------------------------
@@ -484,6 +579,7 @@ def test_estimate_a_config(run, config):
         assert not found['modes']['Eval']['is_steady']
         assert found['modes']['Eval']['fits'] is None
         assert 'not yet in the feature maps' in shown
+        assert 'a batch of 16 takes more than' in shown
         assert 'may or may not fit in 24.00 GiB' in shown
     assert 'no run on a GPU' in shown
     assert is_picture('plots/memory.png')
@@ -541,7 +637,7 @@ def plot(run, monkeypatch, *arguments):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     monkeypatch.setattr(sys, 'argv', ['plot_modes.py', *arguments])
-    tool.main()
+    tool.run(tool.main)
 
 
 def test_plot_what_the_tools_wrote(run, monkeypatch, tmp_path):
@@ -561,13 +657,16 @@ def test_plot_what_the_tools_wrote(run, monkeypatch, tmp_path):
     assert both.shape[0] == sum(picture.shape[0] for picture in pictures)
 
 
-@pytest.mark.parametrize('text, error, message', [
-    ('{"blocks": []}', ValueError, 'benchmark_modes.py or.*has blocks alone'),
-    ('{}', ValueError, 'has nothing alone'),
-    ('[1]', ValueError, r'has \[1\] alone'),
-    ('PNG', json.JSONDecodeError, 'Expecting value'),
+@pytest.mark.parametrize('text, message', [
+    ('{"blocks": []}', 'benchmark_modes.py or.*has blocks alone'),
+    ('{}', 'has nothing alone'),
+    ('{"modes": {}}', 'has modes alone'),
+    ('[1]', r'has \[1\] alone'),
+    ('PNG', 'other.json must be JSON, but has at line 1: Expecting value'),
+    (None, 'other.json'),
 ])
-def test_plot_what_no_tool_wrote(run, monkeypatch, text, error, message):
-    Path('other.json').write_text(text)
-    with pytest.raises(error, match=message):
+def test_plot_what_no_tool_wrote(run, monkeypatch, text, message):
+    if text is not None:
+        Path('other.json').write_text(text)
+    with pytest.raises(SystemExit, match=f'plot_modes.py: error: .*{message}'):
         plot(run, monkeypatch, 'other.json', '--out', 'a.png')

@@ -20,6 +20,7 @@ from shared import (
     measure_modes,
     parse_step_args,
     positive,
+    run,
     say_what_trains,
     show_table,
     stage,
@@ -28,7 +29,7 @@ from shared import (
 )
 from torch import Tensor, nn
 
-from mmtune.analysis.steps import Step, difference
+from mmtune.analysis.steps import Step, difference, has_bfloat16_kernels
 from mmtune.analysis.timing import interleaved_seconds, quartiles
 from mmtune.api import latest_runs
 from mmtune.report import Report
@@ -58,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     args = parse_step_args(parser)
     if args.rounds < 0:
         parser.error(f'--rounds must be 0 or more, but got {args.rounds}')
+    if args.amp and args.device == 'cpu' and not has_bfloat16_kernels():
+        print('Nothing is timed: this CPU computes bfloat16 in float32')
+        args.rounds = 0
     return args
 
 
@@ -93,6 +97,9 @@ class Benchmark:
             memory = step.memory()
         with stage(f'{mode}: compare the loss and the gradient'):
             outcome = Outcome(*step.gradients())
+        if not math.isfinite(outcome.loss):
+            print(f'{mode}: the loss is {outcome.loss}, so that there is '
+                  'nothing to compare')
         if mode == 'Eval':
             self._eval = outcome
         if mode == 'Deploy' and self._args.grad_to == 'params':
@@ -113,7 +120,11 @@ class Benchmark:
             workload = replace(
                 self._workload, images=self._workload.images.double())
             step = Step(model.double(), workload, self._args.grad_to)
-            self._exact = Outcome(*step.gradients())
+            try:
+                self._exact = Outcome(*step.gradients())
+            except RuntimeError as error:
+                message = str(error).strip().partition('\n')[0]
+                print(f'Eval cannot be run in float64: {message}')
 
 
 class Outcome(NamedTuple):
@@ -141,10 +152,11 @@ def compare(outcome: Outcome, stock: Outcome) -> dict[str, float | None]:
     """
     gradient = None
     names = outcome.gradients.keys()
-    if names and names == stock.gradients.keys():
+    if names == stock.gradients.keys() and any(
+            value.any() for value in stock.gradients.values()):
         gradient = finite(difference(outcome.gradients, stock.gradients))
-    return dict(
-        loss=finite(abs(outcome.loss / stock.loss - 1)), gradient=gradient)
+    loss = abs(outcome.loss / stock.loss - 1) if stock.loss else math.nan
+    return dict(loss=finite(loss), gradient=gradient)
 
 
 def finite(value: float) -> float | None:
@@ -284,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -6,6 +6,8 @@ for Adam), so that small scales make it unstable: docs/en/deploy.md. Reads no
 data.
 """
 import argparse
+import math
+import sys
 from collections import Counter
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from shared import (
     add_arguments,
     quiet_mmengine,
+    run,
     show_table,
     stage,
     write_json,
@@ -52,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument(
         '--factor',
-        type=float,
+        type=factor,
         default=10,
         help="by how much a step may differ from Tune's to follow it still "
         '(default: %(default)g)')
@@ -62,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         help="default: the config's, else SGD")
     parser.add_argument(
         '--lr',
-        type=float,
+        type=learning_rate,
         help="Tune's learning rate (default: the config's); limits are given "
         'as multiples of it in any case')
     args = parser.parse_args()
@@ -79,6 +82,49 @@ def parse_args() -> argparse.Namespace:
             '--config CONFIG or --model module:callable, what it was made '
             'with')
     return args
+
+
+def factor(text: str) -> float:
+    """Read a number by which steps may differ.
+
+    Args:
+        text (str): From the command line.
+
+    Returns:
+        float: The number.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    return number(text, 1.)
+
+
+def learning_rate(text: str) -> float:
+    """Read a learning rate; see :func:`factor`."""
+    return number(text, sys.float_info.min)
+
+
+def number(text: str, least: float) -> float:
+    """Read a finite number.
+
+    Args:
+        text (str): From the command line.
+        least (float): The smallest that there may be.
+
+    Returns:
+        float: The number.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f'must be a finite number, {least:g} or more, but got {text!r}')
+    return value
 
 
 def get_model(args: argparse.Namespace) -> tuple[nn.Module, dict, dict]:
@@ -241,6 +287,36 @@ def show_learning_rates(total: dict, args: argparse.Namespace) -> None:
                 for text, multiple, kind in rows])
 
 
+def verdict(names: list[str], found: list[dict], total: dict,
+            args: argparse.Namespace) -> str:
+    """Say whether training in Deploy mode would be safe.
+
+    Args:
+        names (list[str]): Of the blocks.
+        found (list[dict]): What :func:`mmtune.analysis.diagnose` says of
+            each.
+        total (dict): The same of all together.
+        args (argparse.Namespace): The parsed arguments.
+
+    Returns:
+        str: A sentence or two.
+    """
+    worst = max(range(len(found)),
+                key=lambda i: found[i]['at_same_lr']['faster'])
+    faster = total['at_same_lr']['faster']
+    bound = total['limits'][0]['lr']
+    safe = (f"{bound:.3g} times Tune's learning rate"
+            + (f', {bound * args.lr:.3g}' if args.lr else ''))
+    if not faster:
+        return ("Training in Deploy mode at Tune's learning rate steps too "
+                f'far in no channel; that holds up to {safe}.')
+    return ("Training in Deploy mode at Tune's learning rate may be "
+            f'unstable: {faster:.1%} of the channels step too far, most of '
+            f'all in {names[worst]!r} ({explain(found[worst], args)}). '
+            + (f'No channel does up to {safe}.' if bound else
+               'No learning rate is safe, since some scales are zero.'))
+
+
 def main() -> None:
     args = parse_args()
     with stage('Build the model and load its weights'):
@@ -270,6 +346,7 @@ def main() -> None:
         print(f'gamma learns in {learning} blocks; docs/en/deploy.md says '
               'what that changes')
     show_learning_rates(total, args)
+    print(verdict([block.bn for block in used], blocks, total, args))
     write_json(
         args.json,
         dict(
@@ -297,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

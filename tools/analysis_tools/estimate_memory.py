@@ -17,6 +17,7 @@ from shared import (
     measure_modes,
     parse_step_args,
     positive,
+    run,
     say_what_trains,
     show_table,
     stage,
@@ -34,8 +35,8 @@ COLUMNS = ('mode', 'parameters', 'optimizer', 'images', 'peak of a step', '±',
            'total', 'an image', 'gradients', 'off the line')
 NOT_COUNTED = {
     'cpu': 'Not counted, since this was no run on a GPU: its context, the '
-    'workspaces of its kernels (cuDNN), and what its allocator rounds up or '
-    'cannot reuse (fragmentation).',
+    'workspaces of its kernels (cuDNN), what its allocator rounds up or '
+    'cannot reuse (fragmentation), and what its autocast keeps in float32.',
     'cuda': 'As the allocator of this GPU gave it; not counted: the context, '
     'and what the allocator cannot reuse (fragmentation).'
 }
@@ -244,9 +245,11 @@ def verdict(mode: str, found: dict, args: argparse.Namespace) -> str:
         most = 'the largest batch that does is not known'
     else:
         most = f'the largest batch that does is {largest}'
-    return (f'{mode}: a batch of {args.batch_size} takes '
-            f'{found["total"] / GIB:.2f} ± {found["error"] / GIB:.2f} GiB and '
-            f'{fits} {args.gpu_memory / GIB:.2f} GiB; {most}')
+    takes = f'{found["total"] / GIB:.2f} ± {found["error"] / GIB:.2f} GiB'
+    if not found['is_steady']:
+        takes = f'more than {found["total"] / GIB:.2f} GiB'
+    return (f'{mode}: a batch of {args.batch_size} takes {takes} and {fits} '
+            f'{args.gpu_memory / GIB:.2f} GiB; {most}')
 
 
 def main() -> None:
@@ -268,6 +271,8 @@ def main() -> None:
     if args.gpu_memory:
         for mode, found in estimated.items():
             print(verdict(mode, found, args))
+    else:
+        print('Add --gpu-memory 24GiB or so to be told what fits')
     found = dict(
         describe(args, stock),
         batch_size=args.batch_size,
@@ -279,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from shared import (
     add_arguments,
     quiet_mmengine,
+    run,
     show_table,
     stage,
     write_json,
@@ -24,6 +25,9 @@ from mmtune.analysis.sources import (
     load_config,
     tune_options,
 )
+from mmtune.api import find_submodule
+from mmtune.matching import find_pairs
+from mmtune.report import Report
 
 TENSORS = dict(weight='w', bias='b', gamma='gamma', beta='beta')
 COLUMNS = ('conv', 'bn', 'runs', 'out', 'weight', 'dtype', 'tensors', 'BN',
@@ -65,6 +69,32 @@ def get_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     if args.modules:
         options['modules'] = args.modules
     return model, options
+
+
+def find_blocks(model: nn.Module, options: dict) -> Report:
+    """Turn Tune mode on; where there is no block for it, say what there is.
+
+    Args:
+        model (nn.Module): The model.
+        options (dict): Arguments for :func:`mmtune.turn_on`.
+
+    Returns:
+        Report: With the rows that are left out, where all are.
+
+    Raises:
+        ValueError: For wrong options.
+    """
+    try:
+        return turn_on(model, 'Tune', **options)
+    except ValueError as error:
+        names = options.get('modules') or []
+        names = [names] if isinstance(names, str) else names
+        roots = [find_submodule(model, name) for name in names] or [model]
+        matches = find_pairs(model, roots)
+        if matches.pairs:
+            raise
+        print(error)
+        return Report('Tune', list(matches.left_out))
 
 
 def tensors_of(block: Block) -> dict[str, TensorInfo]:
@@ -129,7 +159,7 @@ def main() -> None:
     with stage('Build the model'):
         model, options = get_model(args)
     with stage('Look for blocks'):
-        report = turn_on(model, 'Tune', **options)
+        report = find_blocks(model, options)
         blocks = list_blocks(model, report)
     totals = count(blocks)
     show_table(COLUMNS, [make_row(block) for block in blocks])
@@ -151,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

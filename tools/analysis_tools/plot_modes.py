@@ -7,6 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
+from shared import picture_file, run
+
 from mmtune.analysis.plots import plot_steps
 
 
@@ -16,7 +18,7 @@ def parse_args() -> argparse.Namespace:
         'files', nargs='+', type=Path, metavar='FILE.json')
     parser.add_argument(
         '--out',
-        type=Path,
+        type=picture_file,
         required=True,
         metavar='FILE.png',
         help='the picture to write; its folder is made where there is none')
@@ -25,11 +27,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    results = [json.loads(path.read_text()) for path in args.files]
+    results = []
+    for path in args.files:
+        try:
+            results.append(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{path} must be JSON, but has at line '
+                             f'{error.lineno}: {error.msg}') from error
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_steps(results, args.out)
     print(f'Wrote {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

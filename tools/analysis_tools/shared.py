@@ -6,6 +6,7 @@ nothing else.
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import sys
@@ -24,13 +25,16 @@ from mmtune.analysis.sources import (
     load_config,
     tune_options,
 )
-from mmtune.analysis.steps import GRADIENTS, has_bfloat16_kernels
+from mmtune.analysis.steps import GRADIENTS
 from mmtune.analysis.workloads import (
     Workload,
     detection_workload,
     image_workload,
 )
+from mmtune.api import find_submodule
 from mmtune.report import Report
+
+PICTURES = ('.png', '.pdf', '.svg')
 
 try:
     from rich.console import Console
@@ -58,16 +62,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config's efficient_conv_bn_eval, else the whole model)")
     parser.add_argument(
         '--json',
-        type=Path,
+        type=output_file,
         metavar='FILE.json',
         help='write everything that was found to this file')
     parser.add_argument(
         '--plot',
-        type=Path,
+        type=picture_file,
         metavar='FILE.png',
         help='draw it into this picture; needs matplotlib')
     # A script looks for modules in its own folder, but not in this one.
     sys.path.append(os.getcwd())
+
+
+def output_file(text: str) -> Path:
+    """Read the name of a file to write, before anything is measured for it.
+
+    Args:
+        text (str): From the command line.
+
+    Returns:
+        Path: In a folder that there is, or that can be made.
+
+    Raises:
+        argparse.ArgumentTypeError: If it cannot be written.
+    """
+    path = Path(text)
+    parent = next(folder for folder in path.absolute().parents
+                  if folder.exists())
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f'must be a file that can be written, but got {text!r}')
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """Read the name of a picture to write.
+
+    Args:
+        text (str): From the command line.
+
+    Returns:
+        Path: See :func:`output_file`.
+
+    Raises:
+        argparse.ArgumentTypeError: If matplotlib cannot write it.
+    """
+    if importlib.util.find_spec('matplotlib') is None:
+        raise argparse.ArgumentTypeError(
+            'needs matplotlib, but it is not installed; pip install it')
+    if not text.endswith(PICTURES):
+        raise argparse.ArgumentTypeError(
+            f'must end in {", ".join(PICTURES)}, but got {text!r}')
+    return output_file(text)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool; what its user can mend is said in a sentence.
+
+    Args:
+        main (Callable[[], None]): Raises ValueError, OSError or ImportError
+            for what the user can mend.
+    """
+    try:
+        main()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        sys.stdout = open(os.devnull, 'w')
+    except (ValueError, OSError, ImportError) as error:
+        text = ' '.join(str(error).split()) or type(error).__name__
+        sys.exit(f'{Path(sys.argv[0]).name}: error: {text}')
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +164,8 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         '--amp',
         action='store_true',
         help='run under autocast: in float16 on a GPU, on a CPU in bfloat16, '
-        'which is as large'
-        + ('' if has_bfloat16_kernels() else
-           '; this CPU computes it in float32, so that times say nothing'))
+        'which is as large; but a GPU runs normalizations other than '
+        'BatchNorm, softmax and sums in float32, which takes more')
     parser.add_argument(
         '--grad-to',
         choices=GRADIENTS,
@@ -162,12 +224,14 @@ class Stock:
     Attributes:
         model (nn.Module): In train mode, on its device.
         modules (list[str], optional): The submodules that it is about.
+        norm_eval (bool): Whether a run holds their BatchNorms in eval mode.
         workload (Callable[[int], Workload]): Makes a workload of so many
             images.
     """
 
     model: nn.Module
     modules: list[str] | None
+    norm_eval: bool
     workload: Callable[[int], Workload]
 
     def in_mode(self, mode: str) -> tuple[nn.Module, Report | None]:
@@ -195,15 +259,19 @@ def get_stock(args: argparse.Namespace) -> Stock:
     """
     torch.manual_seed(0)
     shape = tuple(args.shape)
+    options = {}
     if args.model:
-        model, modules = call_for_model(args.model), args.modules
+        model = call_for_model(args.model)
     else:
         quiet_mmengine()
         config = load_config(args.config)
         model = build_model(config)
-        modules = args.modules or tune_options(config).get('modules')
-        if isinstance(modules, str):
-            modules = [modules]
+        options = tune_options(config)
+    modules = args.modules or options.get('modules')
+    if isinstance(modules, str):
+        modules = [modules]
+    for name in modules or []:
+        find_submodule(model, name)
     randomize_new_norms(model)
     model.to(args.device)
 
@@ -212,7 +280,7 @@ def get_stock(args: argparse.Namespace) -> Stock:
             return image_workload(shape, batch_size, args.device)
         return detection_workload(config, model, shape, batch_size)
 
-    return Stock(model, modules, workload)
+    return Stock(model, modules, bool(options.get('norm_eval')), workload)
 
 
 def say_what_trains(stock: Stock) -> None:
@@ -221,11 +289,14 @@ def say_what_trains(stock: Stock) -> None:
     Args:
         stock (Stock): As it is trained.
     """
-    norms = [
+    if stock.norm_eval:
+        return
+    # Each once, though a submodule may be named beside one that holds it.
+    norms = {
         module for name in stock.modules or ['']
         for module in stock.model.get_submodule(name).modules()
         if isinstance(module, _BatchNorm)
-    ]
+    }
     training = sum(norm.training for norm in norms)
     if training:
         print(f'{training} of {len(norms)} BatchNorms are in train mode in a '
@@ -288,7 +359,8 @@ def describe(args: argparse.Namespace, stock: Stock) -> dict:
 def quiet_mmengine() -> None:
     """Keep MMEngine from telling how every parameter was initialized."""
     from mmengine.logging import MMLogger
-    MMLogger.get_instance('analysis', log_level='WARNING')
+    # It warns of each parameter that is frozen, too.
+    MMLogger.get_instance('analysis', log_level='ERROR')
 
 
 @contextlib.contextmanager
@@ -317,7 +389,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence]) -> None:
     if Console is None:
         print('\n'.join('\t'.join(row) for row in [columns, *cells]))
         return
-    table = Table(*columns, box=None)
+    table = Table(box=None)
+    for column in columns:
+        # A number that is cut short would be another one.
+        table.add_column(column, overflow='fold')
     for row in cells:
         table.add_row(*row)
     # Into a file it should come unbroken.
