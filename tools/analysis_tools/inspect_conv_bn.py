@@ -27,7 +27,7 @@ from mmtune.analysis.sources import (
 )
 from mmtune.api import find_submodule
 from mmtune.matching import find_pairs
-from mmtune.report import Report
+from mmtune.report import Report, Row
 
 TENSORS = dict(weight='w', bias='b', gamma='gamma', beta='beta')
 COLUMNS = ('conv', 'bn', 'runs', 'out', 'weight', 'dtype', 'tensors', 'BN',
@@ -94,7 +94,10 @@ def find_blocks(model: nn.Module, options: dict) -> Report:
         if matches.pairs:
             raise
         print(error)
-        return Report('Tune', list(matches.left_out))
+        return Report('Tune', [
+            Row(left.conv, left.norm, 'stock', left.reason)
+            for left in matches.left_out
+        ])
 
 
 def tensors_of(block: Block) -> dict[str, TensorInfo]:
