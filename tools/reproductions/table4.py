@@ -666,8 +666,7 @@ def plot(found: dict, path: Path) -> None:
         f'{label(row)}, batch {row["batch"]}: {paper_saving(row) / 2**20:.0f}'
         for row in rows
     ])
-    axes.set(xlabel='saved of a training step, as a multiple of what is saved '
-             'in the paper (MiB, left)')
+    axes.set(xlabel='saved here / saved in the paper (MiB, left)')
     axes.grid(axis='x', alpha=0.3)
     figure.legend(loc='outside lower center', ncols=3)
     figure.savefig(path, dpi=120)
