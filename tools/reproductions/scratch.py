@@ -296,7 +296,7 @@ def _row(found: dict, lr: float, begin: int | None, mode: str) -> list[str]:
         lr_then = f'{lr * (1 - math.cos(math.pi * share)) / 2:.4f}'
     if begin:
         before = mean_spread([run['accuracy'][begin - 1] for run in runs])
-    if mode == 'Tune':
+    if mode == 'Tune' and begin is not None:
         low, median, high = _to_train(found, 'Tune')
         spared = 'unclear' if low <= 1 <= high else (
             f'{share * (1 - median):+.1%}')
@@ -496,5 +496,6 @@ def plot(found: dict, path: Path) -> None:
             axes.plot([], [], color=color, label=_name(begin))
         axes.set(xlabel='epoch', title=f'learning rate {lr:g}')
     panels[0][0].set(ylabel='test accuracy, a line a seed')
-    panels[0][-1].legend(title='begin')
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), title='begin',
+                  loc='outside right center')
     figure.savefig(path, dpi=120)
