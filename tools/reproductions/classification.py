@@ -10,10 +10,10 @@ from mmdet.models import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from mmtune import behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
-from mmtune.behaviours import SMALL_MAP
 from reproductions.material import (
     fetch_weights,
     in_processes,
@@ -455,8 +455,9 @@ def page(found: dict) -> str:
             The most bytes of tensors that a training step creates and holds
             at once, counted on the CPU, and its time: ratios within rounds in
             which the modes take turns, median and quartiles. Blocks whose
-            maps have fewer than {SMALL_MAP:,} elements run as stock in Tune
-            mode, which costs it some of what MMEngine's rewrite folds."""),
+            maps have fewer than {behaviours.SMALL_MAP:,} elements run as
+            stock in Tune mode, which costs it some of what MMEngine's rewrite
+            folds."""),
         _step_section(found),
         '## Table 3 of the paper',
         paragraph('The figures of the paper, ResNet-50; its GB, as logged, '

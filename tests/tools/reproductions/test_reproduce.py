@@ -12,6 +12,8 @@ import reproduce
 DOCS = Path(__file__).parents[3] / 'docs/en'
 
 
+# The pages tell the limit that users have.
+@pytest.mark.small_maps
 @pytest.mark.parametrize('name', reproduce.NAMES)
 def test_committed_pages_are_written_from_their_figures(name, tmp_path):
     folder = DOCS / 'reproduction'
