@@ -326,6 +326,8 @@ def page(found: dict[str, Any]) -> str:
     """
     by_mode = group(found['runs'])
     seeds = len(by_mode['Eval'])
+    missing = ''.join(f'"{mode}", which the command runs by now. '
+                      for mode in MODES if mode not in by_mode)
     parts = [
         paragraph(f"""
         RetinaNet with MobileNetV2 on the
@@ -336,8 +338,8 @@ def page(found: dict[str, Any]) -> str:
         GroupNorm. A seed stands for the same initial head and the same
         batches in every mode. "From scratch" leaves the ImageNet weights out
         and changes nothing else, not even that the backbone learns at a tenth
-        of the learning rate. In Eval from scratch the BatchNorms never
-        normalize; the page [scratch](scratch.md) has more of that.
+        of the learning rate. What becomes of Eval from scratch, where the
+        BatchNorms never normalize, is on the page [scratch](scratch.md), too.
         """),
         accuracy_table(by_mode),
         paragraph(f"""
@@ -354,8 +356,8 @@ def page(found: dict[str, Any]) -> str:
         another head and other batches.
         """),
         paragraph(rounding_verdict(found['runs'])), '## Not run here',
-        paragraph("""
-        COCO, on which the paper's Table 4 rests: its rows are in
+        paragraph(f"""
+        {missing}COCO, on which the paper's Table 4 rests: its rows are in
         [table4.md](table4.md). Other learning rates for other modes: all
         modes have the settings that were chosen for Eval and Tune
         ([mechanism.md](mechanism.md) sweeps the learning rate). The

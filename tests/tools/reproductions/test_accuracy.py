@@ -68,6 +68,14 @@ def test_final_loss(losses, expected):
     assert accuracy.final_loss(losses) == expected
 
 
+def test_a_mode_that_was_not_run_is_named():
+    found = made_up()
+    assert 'runs by now' not in say(found)
+    found['runs'] = [run for run in found['runs']
+                     if run['mode'] != 'Eval, from scratch']
+    assert '## Not run here "Eval, from scratch", which the' in say(found)
+
+
 def test_table():
     text = accuracy.page(made_up())
     assert '| Tune | 0.110 ± 0.010 | 0.330 ± 0.030 |' in text
