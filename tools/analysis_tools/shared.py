@@ -389,14 +389,12 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence]) -> None:
     if Console is None:
         print('\n'.join('\t'.join(row) for row in [columns, *cells]))
         return
-    table = Table(box=None)
-    for column in columns:
-        # A number that is cut short would be another one.
-        table.add_column(column, overflow='fold')
+    table = Table(*columns, box=None)
     for row in cells:
         table.add_row(*row)
-    # Into a file it should come unbroken.
-    Console(width=None if sys.stdout.isatty() else 250).print(table)
+    # Wider than most terminals, which break lines: cells that rich makes
+    # narrower would break in the middle of numbers.
+    Console(width=250).print(table)
 
 
 def write_plot(path: Path | None, found: dict) -> None:
