@@ -107,7 +107,7 @@ def turn_on(model: nn.Module,
     _check_module(model)
     mode = _check_mode(mode)
     hold = _check_norm_eval(mode, norm_eval)
-    roots = _select(model, modules)
+    roots = select(model, modules)
     for root in roots:
         _check_not_deployed(root)
     matches = find_pairs(model, roots)
@@ -125,7 +125,7 @@ def turn_on(model: nn.Module,
         _tune(model, matches)
     elif mode == 'Deploy':
         _deploy(model, matches)
-    return _report(model, mode, matches)
+    return make_report(model, mode, matches)
 
 
 def turn_off(model: nn.Module) -> None:
@@ -233,8 +233,22 @@ def _check_norm_eval(mode: str, norm_eval: bool | None) -> bool | None:
     return False if mode == 'Eval' or norm_eval else None
 
 
-def _select(model: nn.Module,
-            modules: str | Sequence[str] | None) -> list[nn.Module]:
+def select(model: nn.Module,
+           modules: str | Sequence[str] | None) -> list[nn.Module]:
+    """Look up what the argument ``modules`` of :func:`turn_on` names.
+
+    Args:
+        model (nn.Module): The model.
+        modules (str | Sequence[str], optional): Names of submodules; None is
+            the whole model.
+
+    Returns:
+        list[nn.Module]: One for each name.
+
+    Raises:
+        TypeError: If it is neither a name nor a list of names.
+        ValueError: If a name does not exist, or the list is empty.
+    """
     if modules is None:
         return [model]
     if isinstance(modules, str):
@@ -246,10 +260,10 @@ def _select(model: nn.Module,
     if not modules:
         raise ValueError('`modules` must name at least one submodule, but '
                          'got an empty list; None takes the whole model')
-    return [find_submodule(model, name) for name in modules]
+    return [_submodule(model, name) for name in modules]
 
 
-def find_submodule(model: nn.Module, name: str) -> nn.Module:
+def _submodule(model: nn.Module, name: str) -> nn.Module:
     module, path = model, ''
     for part in name.split('.'):
         children = dict(module.named_children())
@@ -443,7 +457,17 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
 
 
-def _report(model: nn.Module, mode: str, matches: Matches) -> Report:
+def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
+    """Write down the rows of a report.
+
+    Args:
+        model (nn.Module): In the mode already.
+        mode (str): The mode.
+        matches (Matches): The pairs in it, and what is left out.
+
+    Returns:
+        Report: See :func:`turn_on`.
+    """
     # A pair may be called by several blocks.
     pairs = dict.fromkeys((match.conv, match.norm) for match in matches.pairs)
     rows = [Row(conv, norm, mode) for conv, norm in pairs]

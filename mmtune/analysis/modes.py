@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.api import find_submodule, turn_on
+from mmtune.api import select, turn_on
 from mmtune.report import Report
 
 __all__ = ['MODES', 'put_in_mode', 'randomize_new_norms']
@@ -39,7 +39,7 @@ def put_in_mode(model: nn.Module,
     if mode not in MODES:
         raise ValueError(f'`mode` must be one of {", ".join(MODES)}, but got '
                          f'{mode!r}')
-    parts = [find_submodule(model, name) for name in modules or []] or [model]
+    parts = select(model, modules)
     members = [module for part in parts for module in part.modules()]
     for module in members:
         # MMDetection's backbones do in train() what this says.

@@ -6,6 +6,7 @@ for Adam), so that small scales make it unstable: docs/en/deploy.md. Reads no
 data.
 """
 import argparse
+import functools
 import math
 import sys
 from collections import Counter
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument(
         '--factor',
-        type=factor,
+        type=functools.partial(number, least=1.),
         default=10,
         help="by how much a step may differ from Tune's to follow it still "
         '(default: %(default)g)')
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
         help="default: the config's, else SGD")
     parser.add_argument(
         '--lr',
-        type=learning_rate,
+        type=functools.partial(number, least=sys.float_info.min),
         help="Tune's learning rate (default: the config's); limits are given "
         'as multiples of it in any case')
     args = parser.parse_args()
@@ -82,26 +83,6 @@ def parse_args() -> argparse.Namespace:
             '--config CONFIG or --model module:callable, what it was made '
             'with')
     return args
-
-
-def factor(text: str) -> float:
-    """Read a number by which steps may differ.
-
-    Args:
-        text (str): From the command line.
-
-    Returns:
-        float: The number.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is none.
-    """
-    return number(text, 1.)
-
-
-def learning_rate(text: str) -> float:
-    """Read a learning rate; see :func:`factor`."""
-    return number(text, sys.float_info.min)
 
 
 def number(text: str, least: float) -> float:

@@ -25,9 +25,9 @@ from mmtune.analysis.sources import (
     load_config,
     tune_options,
 )
-from mmtune.api import find_submodule
+from mmtune.api import make_report, select
 from mmtune.matching import find_pairs
-from mmtune.report import Report, Row
+from mmtune.report import Report
 
 TENSORS = dict(weight='w', bias='b', gamma='gamma', beta='beta')
 COLUMNS = ('conv', 'bn', 'runs', 'out', 'weight', 'dtype', 'tensors', 'BN',
@@ -87,17 +87,11 @@ def find_blocks(model: nn.Module, options: dict) -> Report:
     try:
         return turn_on(model, 'Tune', **options)
     except ValueError as error:
-        names = options.get('modules') or []
-        names = [names] if isinstance(names, str) else names
-        roots = [find_submodule(model, name) for name in names] or [model]
-        matches = find_pairs(model, roots)
+        matches = find_pairs(model, select(model, options.get('modules')))
         if matches.pairs:
             raise
         print(error)
-        return Report('Tune', [
-            Row(left.conv, left.norm, 'stock', left.reason)
-            for left in matches.left_out
-        ])
+        return make_report(model, 'Tune', matches)
 
 
 def tensors_of(block: Block) -> dict[str, TensorInfo]:

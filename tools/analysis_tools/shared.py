@@ -31,7 +31,7 @@ from mmtune.analysis.workloads import (
     detection_workload,
     image_workload,
 )
-from mmtune.api import find_submodule
+from mmtune.api import select
 from mmtune.report import Report
 
 PICTURES = ('.png', '.pdf', '.svg')
@@ -270,8 +270,6 @@ def get_stock(args: argparse.Namespace) -> Stock:
     modules = args.modules or options.get('modules')
     if isinstance(modules, str):
         modules = [modules]
-    for name in modules or []:
-        find_submodule(model, name)
     randomize_new_norms(model)
     model.to(args.device)
 
@@ -293,9 +291,8 @@ def say_what_trains(stock: Stock) -> None:
         return
     # Each once, though a submodule may be named beside one that holds it.
     norms = {
-        module for name in stock.modules or ['']
-        for module in stock.model.get_submodule(name).modules()
-        if isinstance(module, _BatchNorm)
+        module for part in select(stock.model, stock.modules)
+        for module in part.modules() if isinstance(module, _BatchNorm)
     }
     training = sum(norm.training for norm in norms)
     if training:

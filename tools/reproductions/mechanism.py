@@ -349,13 +349,12 @@ def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
         start.requires_grad_(False)
         start[-1].requires_grad_(True)
         train(start, *training, pretrain_steps, PRETRAIN_LR, seed)
-        learn_weights_alone(start)
     multiply_scales(start, times)
     losses, accuracies = [], []
     for lr in lrs:
         model = put(start, mode)
         if weights_alone:
-            # Deploy has made biases of what does not learn here.
+            # After `put`: Deploy makes biases that would learn.
             learn_weights_alone(model)
         path = train(model, *training, steps, lr, seed)
         finite = math.isfinite(path[-1])
