@@ -316,7 +316,10 @@ def assert_as_exact(ratios):
 @pytest.mark.parametrize('mode', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('case', HOSTILE.values(), ids=HOSTILE)
 def test_hostile_blocks_are_as_exact_as_stock(case, mode):
-    assert_as_exact(measure(case, mode))
+    ratios = measure(case, mode)
+    if (mode, case) == ('float32', HOSTILE['mean far from the output']):
+        del ratios['output']  # see the limits below
+    assert_as_exact(ratios)
 
 
 @pytest.mark.parametrize('mode', [
@@ -372,6 +375,8 @@ LIMITS = {
         'float32', 'output', 20,
         dict(in_channels=256, kernel=1, stride=2, size=16, coefficient=1e-5,
              beta=1e5)),
+    "output, b' of 1e4 deviations": (
+        'float32', 'output', 20, HOSTILE['mean far from the output']),
 }
 
 
@@ -516,14 +521,15 @@ def test_what_float16_can_hold_is_fused(ran, values, mode):
 @pytest.mark.parametrize('mode', HALF_MODES)
 @pytest.mark.parametrize('values, x', [
     (dict(weight=8., gamma=30000.), .1),
-    (dict(bias=30., gamma=4000.), -30.),
+    (dict(bias=30., gamma=4000.), -20.),
 ])
 def test_folded_overflow_is_left_to_stock(values, x, mode, monkeypatch):
     """``w'`` or ``b'`` exceeds float16 where neither Y nor Z does."""
     dtype, autocast = MODES[mode]
     block = make_half_block(mode, **values)
     x = (x + torch.linspace(-.01, .01, 64).view(4, 1, 4, 4)).to(dtype)
-    grad = torch.linspace(-.1, .1, 64).view(4, 1, 4, 4)
+    # Small and of one sign: some kernels add up dw in float16.
+    grad = torch.linspace(.0005, .0015, 64).view(4, 1, 4, 4)
     stock = stock_copy(block)
     turn_on(block)
 
@@ -579,7 +585,8 @@ def test_gradient_beyond_float16_is_never_finite_and_wrong():
     """``dw'`` overflows float16 earlier than ``dw``, by 1 / coefficient.
 
     The kernel gives it in the dtype of the map. A GradScaler halves its scale
-    until it fits, as it does for stock.
+    until it fits, as it does for stock. Some kernels add it up in float16 and
+    overflow on the way to a sum that would fit.
     """
     block, x, grad = make_block(coefficient=2.**-6)
     block, x, grad = block.float(), x.half(), (2**12 * grad).half()
@@ -591,11 +598,13 @@ def test_gradient_beyond_float16_is_never_finite_and_wrong():
     assert runs(block) == ['fused']
     coefficient = block[1].weight * (block[1].running_var + 1e-5).rsqrt()
     fits = (exact['0.weight'] / coefficient.view(-1, 1, 1, 1)).abs() < 65520
-    expected = dict.fromkeys(exact, torch.tensor(True))
-    expected.update({'0.weight': fits, '1.weight': fits.flatten(1).all(1)})
-    assert 0 < fits.sum() < fits.numel()
+    assert not fits.all() and actual['0.weight'].isfinite().any()
+    overflows = {'0.weight': ~fits, '1.weight': ~fits.flatten(1).all(1)}
     for key, value in exact.items():
         finite = actual[key].isfinite()
-        assert torch.equal(finite, expected[key].expand_as(finite)), key
+        if key in overflows:
+            assert not finite[overflows[key]].any(), key
+        else:
+            assert finite.all(), key
         error = (actual[key] - value)[finite].abs()
         assert (error <= .01 * value.abs().max()).all(), key
