@@ -620,7 +620,7 @@ def verdicts(record: dict) -> list[str]:
             if str(ratio) in row['ratios']
         ]
         met = sum(ratio.is_met(median) for median in medians)
-        lines.append(f'{ratio} {ratio.demand} is demanded: met in {met} of '
+        lines.append(f'{ratio} {ratio.demand} is the aim: met in {met} of '
                      f'{len(medians)} rows, {min(medians):.3f} to '
                      f'{max(medians):.3f}.')
     return lines

@@ -179,7 +179,7 @@ def test_table():
         '-', '1.250 (1.125-1.375)'
     ]])
     assert cost.verdicts(record()) == [
-        'Tune / Deploy <= 1.01 is demanded: met in 0 of 1 rows, 1.250 to '
+        'Tune / Deploy <= 1.01 is the aim: met in 0 of 1 rows, 1.250 to '
         '1.250.'
     ]
 

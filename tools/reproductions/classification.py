@@ -32,6 +32,7 @@ from reproductions.pages import (
 )
 
 TITLE = 'Classification'
+OF_PAPER = 'Table 3'
 QUESTION = paragraph("""
     Does Tune mode help classifiers too? The paper fine-tunes a ResNet-50 on
     three datasets (its Table 3) and compares Tune with Train mode, which is
@@ -263,9 +264,8 @@ def _accuracy_section(found: dict) -> str:
     lines = [
         table(['learning rate', *MODES], rows),
         paragraph(f"""
-            Differences are means over the seeds, each of which starts alike
-            in all modes; in brackets their {CONFIDENCE:.0%} confidence
-            interval (paired t-test)."""),
+            Differences are means over the seeds; in brackets their
+            {CONFIDENCE:.0%} confidence interval (paired t-test)."""),
         *(_compare(found, other, best) for other in ('Eval', 'Train')),
         *filter(None, [_edges(found, best)])
     ]
@@ -413,10 +413,12 @@ def answer(found: dict) -> str:
     reached = ', '.join(
         f'{mean_spread(_accuracies(found, mode, lr))} in {mode}'
         for mode, lr in best.items())
-    peak = found['steps'][-1]['peak']
+    step = next(step for step in found['steps']
+                if step['size'] == found['size'])
+    peak = step['peak']
     return (f'Accuracy at the best learning rate of each mode: {reached}; the '
             f'peak of a step in Tune is {1 - peak["Tune"] / peak["Train"]:.0%}'
-            ' below that in Train.')
+            f' below that in Train, at {_shape(step)}.')
 
 
 def page(found: dict) -> str:
@@ -456,8 +458,7 @@ def page(found: dict) -> str:
             at once, counted on the CPU, and its time: ratios within rounds in
             which the modes take turns, median and quartiles. Blocks whose
             maps have fewer than {behaviours.SMALL_MAP:,} elements run as
-            stock in Tune mode, which costs it some of what MMEngine's rewrite
-            folds."""),
+            stock in Tune mode, while MMEngine's rewrite folds them."""),
         _step_section(found),
         '## Table 3 of the paper',
         paragraph('The figures of the paper, ResNet-50; its GB, as logged, '
@@ -479,7 +480,9 @@ def page(found: dict) -> str:
         paragraph("""
             Training on CUB-200, Aircraft and Cars, for which this project had
             neither the data nor a GPU. The configs are there, for mmpretrain
-            1.2 with mmtune beside it; the commands for 8 GPUs:"""),
+            1.2 with mmtune and openmim beside it; where they look for the
+            data [their README](../../../configs/README.md#classification)
+            says. The commands for 8 GPUs:"""),
         '```bash\n' + '\n'.join(
             f'mim train mmpretrain configs/resnet/resnet50_8xb8{mode}_{data}'
             '.py \\\n    --gpus 8 --launcher pytorch'

@@ -13,6 +13,7 @@ from reproductions.material import fetch_weights
 from reproductions.pages import paragraph, table
 
 TITLE = 'Coefficients of a pretrained checkpoint'
+OF_PAPER = 'Mechanism 1'
 QUESTION = paragraph("""
     Deploy's step of a channel is Tune's divided by `coeff^2` (SGD) or
     `|coeff|` (Adam), with `coeff = gamma / sqrt(var + eps)`:
@@ -61,11 +62,16 @@ def answer(found: dict) -> str:
     Returns:
         str: One sentence.
     """
+    best = {optimizer: total['best']
+            for optimizer, total in found['total'].items()}
     shares = ' and '.join(
-        f'{total["best"]["share"]:.0%} with {optimizer}'
-        for optimizer, total in found['total'].items())
-    return ('At the learning rate that suits most channels, a step of Deploy '
-            f'is within {found["factor"]:g} times that of Tune in {shares}.')
+        f'{row["share"]:.0%} with {optimizer} ({row["lr"]:.2g} times)'
+        for optimizer, row in best.items())
+    none = all(row['share'] < 1 for row in best.values())
+    return (('No learning rate suits all channels. ' if none else '')
+            + f"At the best one between 1/{found['factor']:g} and "
+            f"{found['factor']:g} times Tune's, a step of Deploy is within "
+            f'{found["factor"]:g} times that of Tune in {shares}.')
 
 
 def page(found: dict) -> str:
@@ -102,7 +108,9 @@ def page(found: dict) -> str:
     fast = [b['bn'] for b in found['blocks']
             if b['at_same_lr']['faster'] > 0.5]
     most_above = ('Most scales are above 1, where Deploy learns slower than '
-                  'Tune; one channel with a small scale is enough to diverge'
+                  'Tune. One channel with a small scale can be enough to '
+                  'diverge, if the loss is steep there, which a checkpoint '
+                  'does not say'
                   if sgd['coeff']['median'] > 1 else
                   'Most scales are below 1, so that Deploy mostly steps '
                   'farther than Tune')
@@ -117,8 +125,11 @@ def page(found: dict) -> str:
         paragraph(f'"Too far" is more than {found["factor"]:g} times as far '
                   'as Tune after the same gradients, "too short" less than '
                   f'1/{found["factor"]:g}. The limit for 100% is a bound, '
-                  'the others are rules of thumb.'), steps,
-        paragraph(f'{most_above}; {exceptions}.'), '## Not run here',
+                  'the others are rules of thumb. No learning rate here is '
+                  f'above {found["factor"]:g} times Tune\'s, since head and '
+                  'neck have no scale, and would step too far.'), steps,
+        paragraph(f'{most_above}. With SGD, {exceptions}.'),
+        '## Not run here',
         paragraph('Other checkpoints: '
                   '`tools/analysis_tools/diagnose_checkpoint.py` takes any. '
                   'What it comes to in training is on the page '

@@ -18,6 +18,7 @@ from mmtune.api import latest_runs
 from reproductions.pages import mib, paragraph, table, track
 
 TITLE = 'Other normalizations'
+OF_PAPER = 'left open'
 QUESTION = paragraph("""
     The paper folds BatchNorm in eval mode into the convolution before it, and
     leaves other normalizations as an open question. Which of them can be
@@ -306,11 +307,18 @@ def answer(found: dict) -> str:
     """
     rows = found['rows']
     can = sum(row['per_channel'] <= TOLERANCE for row in rows.values())
-    fused = sum(row['ran'] == 'fused' and row['per_channel'] <= TOLERANCE
-                for row in rows.values())
-    return (f'{can} of {len(rows)} layers are a scale and a shift of each '
+    fused = [row for row in rows.values()
+             if row['ran'] == 'fused' and row['per_channel'] <= TOLERANCE]
+    less = sum(map(keeps_less, fused))
+    return (f'{can} of {len(rows)} cases are a scale and a shift of each '
             'channel that do not depend on the input, which is what a fold '
-            f'takes; mmtune folds {fused} of them.')
+            f'takes; mmtune folds {len(fused)} of them, and {less} then keep '
+            'less for backward.')
+
+
+def keeps_less(row: dict) -> bool:
+    """Tell whether Tune keeps less than stock, by more than a trifle."""
+    return row['kept']['Tune'] < .95 * row['kept']['Eval']
 
 
 def page(found: dict) -> str:
@@ -380,10 +388,10 @@ def page(found: dict) -> str:
         one number per channel; mmtune does not.
         """),
         paragraph("""
-        So a fold is possible for exactly those layers that have statistics of
-        their own and use them. Which those are does not say whether training
-        may do so: that is for accuracy to tell. It has been told for
-        BatchNorm in fine-tuning only.
+        So, of the cases tried, a fold is possible where the statistics are
+        fixed and each channel is normalized by itself. That does not say
+        whether a network may be trained with fixed statistics: that is for
+        accuracy to tell. It has been told for BatchNorm in fine-tuning only.
         """),
         '## Not run here',
         paragraph("""
@@ -422,8 +430,7 @@ def verdict(rows: dict[str, dict]) -> str:
                and row['kept']['Eval'] != row['kept']['Tune']]
     text += (' What is left alone keeps as much as before.' if not changed else
              f' What {", ".join(changed)} keeps has changed all the same.')
-    same = [name for name in fused
-            if rows[name]['kept']['Tune'] >= .95 * rows[name]['kept']['Eval']]
+    same = [name for name in fused if not keeps_less(rows[name])]
     if same:
         text += f""" Folded, {", ".join(same)} keeps as much as before too: as
             a product with fixed numbers, it keeps no map of its own."""

@@ -124,9 +124,9 @@ def difference_verdict(interval: tuple[float, float] | None) -> str:
     if interval is None:
         return 'of which these runs cannot say how sure it is'
     if interval[0] <= 0 <= interval[1]:
-        return ('too little to tell from none; a difference outside of the '
-                'interval is unlikely')
-    return 'which is hardly chance'
+        return ('which these runs cannot tell from none, nor from another '
+                'difference in the interval')
+    return f'which is more than chance explains, at {CONFIDENCE:.0%}'
 
 
 def track(items: Sequence[Item], what: str) -> Iterator[Item]:

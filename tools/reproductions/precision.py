@@ -9,10 +9,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from mmtune.analysis.timing import quartiles
 from reproductions.material import put_in_folding_mode
 from reproductions.pages import paragraph, table, track
 
 TITLE = 'Numerical precision'
+OF_PAPER = 'left open'
 QUESTION = paragraph("""
     Tune computes what Eval computes by another way, and so rounds
     differently. The paper shows equal accuracy, but no errors. How far is each
@@ -356,10 +358,13 @@ def answer(found: dict) -> str:
     rows = found['rows']
     steps = ratios(rows, *TENSORS)
     ends = [statistics.median(drift_ratios(row)) for row in rows]
+    single = [value for row in rows for value in drift_ratios(row)]
     return (f"Tune's error of a step is {statistics.median(steps):.2f} times "
             f"Eval's in the median ({min(steps):.2f} to {max(steps):.2f}), "
             f'and after {found["steps"]} steps it is {min(ends):.2f} to '
-            f'{max(ends):.2f} times as far from float64.')
+            f'{max(ends):.2f} times as far from float64 in the median of '
+            f'{found["networks"]} networks (single ones {min(single):.2f} to '
+            f'{max(single):.2f}).')
 
 
 def page(found: dict) -> str:
@@ -453,14 +458,13 @@ def drift_ratios(row: dict) -> list[float]:
 def quartile_text(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f'{values[0]:.2f}'
-    low, median, high = statistics.quantiles(values, method='inclusive')
+    low, median, high = quartiles(values)
     return f'{median:.2f} ({low:.2f}-{high:.2f})'
 
 
 def verdict_on_rounding(rows: Sequence[dict]) -> str:
     """Compare what is found with what the documentation promises."""
     others = ratios(rows, *(key for key in TENSORS if key != 'norm.weight'))
-    gamma = ratios(rows, 'norm.weight')
     text = f"""
         For the output and every gradient but that of gamma, Tune's error is
         {min(others):.2f} to {max(others):.2f} times Eval's (median
@@ -470,14 +474,15 @@ def verdict_on_rounding(rows: Sequence[dict]) -> str:
     beyond = sum(value > BOUND for value in others)
     text += (f'{beyond} of {len(others)} values are above that.'
              if beyond else 'none is above that.')
-    text += f""" For gamma it is
-        {min(gamma):.2f} to {max(gamma):.2f} times (median
-        {statistics.median(gamma):.2f}): """
-    text += ("""Tune has the gradient of gamma from that of the weight and is
-        as exact as that, where Eval adds it up for itself, on a CPU in higher
-        precision.""" if max(gamma) > BOUND else
-             'as exact as Eval adds it up for itself.')
-    return text
+    by_precision = ', '.join(
+        f'{min(found):.2f} to {max(found):.2f} times in {precision}'
+        for precision in DTYPES
+        for found in [ratios([row for row in rows
+                              if row['precision'] == precision],
+                             'norm.weight')])
+    return text + f""" For gamma it is {by_precision}: Tune has the gradient of
+        gamma from that of the weight and is as exact as that, where Eval adds
+        it up for itself."""
 
 
 def verdict_on_rstd(rows: Sequence[dict]) -> str:
@@ -495,9 +500,21 @@ def verdict_on_rstd(rows: Sequence[dict]) -> str:
     change = ('does not depend much on' if high / low < 1.25 else
               'depends on')
     return f"""The ratio {change} rstd: over all tensors and precisions its
-        median is {listed}. Here the weights make up for rstd, as in a network
-        that has learned with it; a product rounds by a share of its size,
-        whatever that is."""
+        median is {listed}. {errors_text(rows)} Here the weights make up for
+        rstd, as in a network that has learned with it; a product rounds by a
+        share of its size, whatever that is."""
+
+
+def errors_text(rows: Sequence[dict]) -> str:
+    """Tell the error itself at the smallest and at the largest rstd."""
+    by_rstd = sorted((row for row in rows if row['precision'] == 'float32'),
+                     key=lambda row: row['rstd'])
+    found = ', '.join(
+        f'{mode} {max(block["output"] for block in row["rounding"][mode]):.1e}'
+        f' at {row["rstd"]:.4g}'
+        for mode in MODES for row in (by_rstd[0], by_rstd[-1]))
+    return f"""The error itself of the output in float32, of the block where it
+        is larger: {found}."""
 
 
 def verdict_on_drift(rows: Sequence[dict]) -> str:

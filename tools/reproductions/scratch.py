@@ -21,6 +21,7 @@ from reproductions.material import in_processes, measure_in_turns
 from reproductions.pages import mean_spread, mib, paragraph, table
 
 TITLE = 'Training from scratch'
+OF_PAPER = 'left open'
 # A share of the test digits. Runs below have learned nothing.
 LEARNED = 0.5
 # What a run may lose by freezing, of the same.
@@ -319,27 +320,21 @@ def _results(found: dict, lr: float) -> str:
     harmful = [
         begin for begin in frozen if not _is_harmless(found, lr, begin)
     ]
-    safe = [begin for begin in frozen if begin > max(harmful, default=-1)]
-    if safe:
-        which = 'and later' if len(safe) > 1 else 'alone'
-        text = f"""
-            Of those tried, `begin={safe[0]}` {which} did no harm: no seed
-            ends more than {TOLERANCE:.0%} of the digits below its run that
-            never freezes."""
-        if harmful:
-            text += f""" Earlier it did, with `begin` =
-                {', '.join(map(str, harmful))}."""
-    else:
-        text = f"""
-            None of them was harmless, not even the latest: a seed or more
-            ends more than {TOLERANCE:.0%} of the digits below its run that
-            never freezes."""
+    harmless = [begin for begin in frozen if begin not in harmful]
+    text = f"""
+        Freezing did no harm with `begin` = {_list(harmless)}: no seed ends
+        more than {TOLERANCE:.0%} of the digits below its run that never
+        freezes. It did with `begin` = {_list(harmful)}."""
     return '\n\n'.join([
         f'### Learning rate {lr:g}',
         table(titles, rows),
         paragraph(f'{text} {_collapse(found, lr, frozen)}'),
         _control(found, lr)
     ])
+
+
+def _list(begins: Sequence[int]) -> str:
+    return ', '.join(map(str, begins)) or 'none of those tried'
 
 
 def _collapse(found: dict, lr: float, frozen: Sequence[int]) -> str:
@@ -367,8 +362,11 @@ def _control(found: dict, lr: float) -> str:
     alike = sum((a < LEARNED) == (b < LEARNED) for a, b in zip(tune, stock))
     failed = sum(accuracy < LEARNED for accuracy in stock)
     difference = max(abs(a - b) for a, b in zip(tune, stock))
-    cause = ('It is freezing that does it, not Tune.' if alike == len(tune)
-             else 'Here the two modes do not agree.')
+    cause = ''
+    if alike < len(tune):
+        cause = 'Here the two modes do not agree.'
+    elif failed:
+        cause = 'What makes runs fail is freezing, not Tune.'
     return paragraph(f"""
         The control freezes at the same epochs in stock Eval mode
         ({', '.join(map(str, found['controls']))}; {failed} of {len(stock)}

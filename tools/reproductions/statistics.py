@@ -24,6 +24,7 @@ from reproductions.material import (
 from reproductions.pages import paragraph, table, track
 
 TITLE = 'Unstable statistics'
+OF_PAPER = 'left open'
 QUESTION = paragraph("""
     Eval and Tune take the statistics of BatchNorm as given. What if they
     change in the middle of a run: re-estimated on new data, moved by a while
@@ -416,7 +417,8 @@ def page(found: dict) -> str:
             ]),
             paragraph(verdict(dtype, curves))
         ]
-    parts.append(paragraph(verdict_on_bends(found['smooth'])))
+    bent = found['runs']['float32']['Eval']['error']
+    parts.append(paragraph(verdict_on_bends(found['smooth'], bent)))
     parts.append(
         paragraph("""
         The losses are means over the steps after that event and before the
@@ -481,25 +483,35 @@ def verdict(dtype: str, curves: dict) -> str:
             {LARGE:g} in {sum(error > LARGE for error in stock)} of
             {len(stock)} steps and in {sum(error > LARGE for error in tune)}.
             """
-    text += f""" By their own steps the losses of Tune and Eval come to be up
-        to {own:.1e} apart, those of Eval and Eval with shuffled batches up to
-        {control:.1e}: """
+    text += f""" By their own steps the losses of Tune and Eval come to differ
+        by up to {own:.1e} of Eval's, those of Eval with shuffled batches by up
+        to {control:.1e}: """
     if own <= 10 * control:
         return text + """Tune stays as near to Eval as Eval does to itself, in
-            order of magnitude. What grows there is rounding, not an error of
-            the fold."""
+            order of magnitude."""
     return text + 'Tune moves away from Eval faster than Eval from itself.'
 
 
-def verdict_on_bends(smooth: dict) -> str:
-    """Say whether large errors in float32 come from ReLU6."""
+def verdict_on_bends(smooth: dict, bent: Sequence[float]) -> str:
+    """Say whether large errors in float32 come from ReLU6.
+
+    Args:
+        smooth (dict): From :func:`smooth_errors`.
+        bent (Sequence[float]): ``error`` of Eval in float32, with ReLU6.
+
+    Returns:
+        str: Sentences.
+    """
+    steps = len(smooth['Eval'])
     large = {mode: sum(error > LARGE for error in errors)
              for mode, errors in smooth.items()}
     text = f"""The same network with SiLU in place of ReLU6, in float32, from
-        the same point: errors above {LARGE:g} in {large["Eval"]} of
-        {len(smooth["Eval"])} steps of Eval and {large["Tune"]} of Tune; the
-        largest are {max(smooth["Eval"]):.1e} and {max(smooth["Tune"]):.1e}.
-        """
+        the same point, for {steps} steps after re-estimating the statistics,
+        without jumps: errors above {LARGE:g} in {large["Eval"]} steps of Eval
+        and {large["Tune"]} of Tune; the largest are {max(smooth["Eval"]):.1e}
+        and {max(smooth["Tune"]):.1e}. With ReLU6 Eval has such errors in
+        {sum(error > LARGE for error in bent[:steps])} of its first {steps}
+        steps. """
     if not any(large.values()):
         return text + """So errors as large as that are made where a ReLU6
             bends: a value next to that point gets a gradient or none, as it is
@@ -529,16 +541,18 @@ def verdict_on_deploy(found: dict) -> str:
                          for run in ('Eval', 'Deploy'))
         if stock is not None and deploy is not None:
             ratios[name] = deploy / stock
-    low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
-    below = sum(ratio < 1 for ratio in ratios.values())
-    return f"""Deploy has no statistics left after the fold, so none of these
+    text = """Deploy has no statistics left after the fold, so none of these
         changes reaches it: no BatchNorm to re-estimate, to put into train
         mode or to load another domain's statistics into. It learns on as if
         nothing had happened, and by other steps than Eval from the first on
-        ([deploy.md](../deploy.md)). Its mean loss is below Eval's after
-        {below} of {len(ratios)} events: {ratios[low]:.2g} times Eval's after
-        "{low}" and {ratios[high]:.2g} times after "{high}". A run without
-        jumps is easier to learn in; it is not the run that Eval makes."""
+        ([deploy.md](../deploy.md)): it is not the run that Eval makes. """
+    if not ratios:
+        return text + 'In no stretch are the losses of both finite.'
+    low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
+    below = sum(ratio < 1 for ratio in ratios.values())
+    return text + f"""Its mean loss is below Eval's in {below} of
+        {len(ratios)} stretches: {ratios[low]:.2g} times Eval's after "{low}"
+        and {ratios[high]:.2g} times after "{high}"."""
 
 
 def plot(found: dict, path: Path) -> None:

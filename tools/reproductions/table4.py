@@ -24,6 +24,7 @@ from reproductions.material import in_processes, put_in_folding_mode
 from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory on COCO'
+OF_PAPER = 'Table 4, memory'
 QUESTION = paragraph("""
     The paper's Table 4 trains 11 detectors on COCO in Eval and in Tune mode,
     and gives the memory that each took on a GPU. Does a training step here
@@ -368,7 +369,8 @@ def page(found: dict) -> str:
         One training step on images of {height} x {width}, the largest that
         these configs train on, in each mode: the detector's own losses on
         noise with seven objects an image, backward, the config's SGD. The
-        backbone is in the mode, as in the paper. Its first stage is frozen.
+        backbone is in the mode, as in the paper. As these configs have it,
+        its stem and first stage are frozen, but nothing in HRNet.
         A step takes the most bytes of tensors that it has alive at once,
         counted one by one, and what is there all the time: parameters,
         buffers, momentum, images. FP16 is autocast in bfloat16 on a CPU,
@@ -550,25 +552,27 @@ def explain_half(found: dict, rows: Sequence[dict]) -> list[str]:
         {autocast_text(excess['FP16'])}
         """),
         paragraph(f"""
-        So the rows in FP16 {'follow the paper in the feature maps, and not in'
+        So these rows {'follow the paper in the feature maps, and not in'
         if is_close(growth) else 'do not follow the paper in the feature maps,'
         ' and so cannot be judged by'} the weights. Why cannot be told without
         the paper's code and a GPU. Feature maps are halves here as there:
         autocast on this CPU gives {dtypes_text(found['autocast'])}.
         """),
     ]
+    half = [row for row in found['rows'] + found['suspected']
+            if row['precision'] == 'FP16']
+    tests = ', '.join(f'{label(row)} {ratio_with_copy(row):.3f}'
+                      for row in half if row not in rows)
     parts += [
         paragraph(f"""
         If the paper kept a float32 copy of these weights, here / paper would
-        be as below. The rows of {label(row)} and the like fit by
-        construction, since the copy was inferred from them; the others are a
-        test of it, as far as their models are what they are labelled as.
+        be as below. The {len(rows)} rows fit by construction, since the copy
+        was inferred from them. Others are a test of it, as far as their
+        models are what they are labelled as: {tests or 'there is none'}.
         """),
         table(['row', 'batch', 'as measured', 'with the copy'],
               [[label(row), row['batch'], f'{ratio(row):.3f}',
-                f'{ratio_with_copy(row):.3f}']
-               for row in found['rows'] + found['suspected']
-               if row['precision'] == 'FP16'])
+                f'{ratio_with_copy(row):.3f}'] for row in half])
     ]
     return parts
 

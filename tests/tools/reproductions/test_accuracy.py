@@ -95,15 +95,24 @@ def test_paired_interval():
 
 @pytest.mark.parametrize('tune, says', [
     ([0.11, 0.13, 0.12],
-     '+0.010 (+0.010 to +0.010) mAP, which is hardly chance'),
+     '+0.010 (+0.010 to +0.010) mAP, which is more than chance'),
     ([0.11, 0.12, 0.13],
-     '+0.010 (-0.015 to +0.035) mAP, too little to tell from none'),
-    ([0.31, 0.32, 0.33], '+0.210 (+0.185 to +0.235) mAP, which is hardly'),
+     '+0.010 (-0.015 to +0.035) mAP, which these runs cannot tell from none'),
+    ([0.31, 0.32, 0.33], '+0.210 (+0.185 to +0.235) mAP, which is more'),
     ([0.1, 0.12, 0.11], '+0.000 mAP, of which these runs cannot say'),
 ])
 def test_what_the_page_says_of_accuracies(tune, says):
     text = say(made_up(dict(Tune=tune)))
     assert f'**Tune** against Eval: {says}' in text
+
+
+def test_modes_that_learn_nothing_test_nothing():
+    found = made_up({mode: [0.001, 0.002, 0.001] for mode in accuracy.MODES
+                     if 'scratch' in mode})
+    assert say(found).count('Neither learns to detect') == 1
+    assert '**Eval, from scratch** against Train, from scratch: +0.000' in (
+        say(found))
+    assert 'Neither learns' not in say(made_up())
 
 
 def test_one_seed_tells_nothing():

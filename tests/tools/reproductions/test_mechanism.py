@@ -251,11 +251,11 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
                          'tell about where Deploy fails']),
     ((0.1, 0.), 1e-15, ['No seed in which Deploy learned',
                         'nothing to foretell', 'Not all learned',
-                        'not all learned']),
+                        'not all learned', 'confirms the instability']),
     ((1., 1.), 1e-15, ['follows Tune exactly', 'does not notice',
-                       'Tune is Eval']),
+                       "Tune's losses are Eval's, to"]),
     ((1., 1.), 0.5, ['not what was measured', 'contradicts the derivation',
-                     'Tune is not Eval']),
+                     "Tune's losses are not Eval's"]),
     ((1., 1.), None, ['not what was measured', 'infinite']),
 ])
 def test_what_the_page_says_follows_from_the_figures(limits, apart, says):
@@ -269,7 +269,7 @@ def test_what_the_page_says_follows_from_the_figures(limits, apart, says):
 
 @pytest.mark.parametrize('at_eval, own, says', [
     (0.9, 0.9, 'times, too large'),
-    (0.5, 0.9, 'one of its own undoes'),
+    (0.5, 0.9, 'one of its own undoes that'),
     (0.5, 0.6, 'it learns less even at'),
 ])
 def test_what_the_page_says_of_the_best_learning_rates(at_eval, own, says):

@@ -38,8 +38,8 @@ def test_track_shows_progress_without_a_terminal(capsys):
 
 @pytest.mark.parametrize('values, others, text, verdict', [
     # Mean -3, standard error 1 / sqrt(3), t(2) = 4.3027.
-    ([1, 2, 3], [5, 5, 5], '-3.000 (-5.484 to -0.516)', 'hardly chance'),
-    ([4, 5, 6], [5, 5, 5], '+0.000 (-2.484 to +2.484)', 'too little to tell'),
+    ([1, 2, 3], [5, 5, 5], '-3.000 (-5.484 to -0.516)', 'more than chance'),
+    ([4, 5, 6], [5, 5, 5], '+0.000 (-2.484 to +2.484)', 'cannot tell'),
     ([1], [2], '-1.000', 'cannot say'),
     ([1, 2], [2, 3], '-1.000', 'cannot say'),
 ])

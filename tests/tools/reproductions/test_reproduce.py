@@ -46,6 +46,7 @@ def pages(monkeypatch):
     def make(title, value):
         return SimpleNamespace(
             TITLE=title,
+            OF_PAPER='Table 9',
             QUESTION=f'How much is {title}?',
             run=lambda: dict(value=value),
             answer=lambda found: f'It is {found["value"]}.',
@@ -72,7 +73,7 @@ def test_one_alone(pages, monkeypatch, tmp_path):
     assert '# Two' in page and '**It is 2.**' in page and '| 2 |' in page
     assert (tmp_path / 'reproduction/two.png').read_bytes() == b'png'
     index = (tmp_path / 'reproduction.md').read_text()
-    assert '[Two](reproduction/two.md) | It is 2. |' in index
+    assert '[Two](reproduction/two.md) | Table 9 | It is 2. |' in index
     assert 'Not run here:\n\n- One' in index
 
 
