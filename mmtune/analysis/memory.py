@@ -1,5 +1,6 @@
 """Count the bytes of a training step, on any device, without noise."""
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['PeakBytes', 'SavedBytes', 'peak_bytes', 'saved_bytes']
+__all__ = [
+    'PeakBytes', 'SavedBytes', 'peak_bytes', 'peak_on', 'saved_bytes'
+]
 
 
 class _Saved:
@@ -135,6 +138,34 @@ def peak_bytes() -> Iterator[PeakBytes]:
     """
     with PeakBytes() as tracker:
         yield tracker
+
+
+@contextlib.contextmanager
+def peak_on(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Follow what is created inside on a device, on a GPU by its allocator.
+
+    Example:
+        >>> with peak_on(x.device) as peak:
+        ...     model(x).sum().backward()
+        >>> peak()
+
+    Args:
+        device (torch.device): Where. The allocator of a GPU starts to look
+            for its peak anew.
+
+    Yields:
+        Callable[[], int]: Gives the bytes, afterwards.
+    """
+    if device.type == 'cuda':
+        # Else what was left before may be freed inside.
+        gc.collect()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    with peak_bytes() as memory:
+        yield lambda: memory.peak
 
 
 def _is_dense(leaf: Any) -> bool:

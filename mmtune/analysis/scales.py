@@ -123,7 +123,7 @@ def quantiles(coeff: Tensor) -> dict[str, float]:
 
     Returns:
         dict[str, float]: ``'min'``, ``'1%'``, ``'median'``, ``'99%'`` and
-        ``'max'``; a scale that occurs, the lower one where two are as near.
+        ``'max'``; a scale that occurs, the next lower one in between.
     """
     ordered = coeff.sort().values
     last = len(ordered) - 1

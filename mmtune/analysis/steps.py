@@ -1,6 +1,5 @@
 """Take a training step, and count what it takes."""
 import contextlib
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map
 
-from mmtune.analysis.memory import peak_bytes, saved_bytes
+from mmtune.analysis.memory import peak_on, saved_bytes
 from mmtune.analysis.workloads import Workload
 
 __all__ = ['GRADIENTS', 'Step', 'StepMemory', 'difference',
            'has_bfloat16_kernels']
 
 GRADIENTS = ('params', 'input')
+# What torch's GradScaler starts from.
+LOSS_SCALE = 2**16
 
 aten = torch.ops.aten
 PRODUCTS = (aten.convolution, aten.convolution_backward, aten.mm, aten.addmm,
@@ -65,7 +66,7 @@ class Step:
         grad_to (str): ``'params'``: a training step. ``'input'``: a step of
             projected gradient descent on the images.
         amp (bool): Whether to run under autocast, in float16 on a GPU and in
-            bfloat16, which is as large, on a CPU. Losses are not scaled.
+            bfloat16, which is as large, on a CPU.
 
     Attributes:
         dtype (torch.dtype, optional): Of autocast.
@@ -145,13 +146,29 @@ class Step:
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """Run forward and backward.
 
+        In float16 the loss is scaled as a GradScaler does, by as much as
+        leaves all gradients finite.
+
         Returns:
             tuple[float, dict[str, Tensor]]: The loss, and the gradient of
             each of the leaves that got one, by name.
         """
+        scale = LOSS_SCALE if self.dtype == torch.float16 else 1
+        while True:
+            loss, gradients = self._scaled_gradients(scale)
+            if scale == 1 or all(
+                    value.isfinite().all() for value in gradients.values()):
+                break
+            scale //= 2
+        return loss, {
+            name: value / scale
+            for name, value in gradients.items()
+        }
+
+    def _scaled_gradients(self, scale: int) -> tuple[float, dict[str, Tensor]]:
         with self._kernels():
             loss = self.loss()
-            loss.backward()
+            (loss * scale).backward()
         gradients = {
             name: leaf.grad
             for name, leaf in self.leaves.items() if leaf.grad is not None
@@ -170,7 +187,7 @@ class Step:
         if self._images.is_cuda:
             # What libraries allocate once, for good, is not the step's.
             self.run()
-        with self._kernels(), _peak(self._images.device) as peak:
+        with self._kernels(), peak_on(self._images.device) as peak:
             with saved_bytes(self.model) as saved:
                 loss = self.loss()
                 kept = saved.total
@@ -235,21 +252,6 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
                 parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-@contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Follow what is created inside; gives a function that tells the peak."""
-    if device.type == 'cuda':
-        # Else what earlier modes have left may be freed inside.
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield lambda: torch.cuda.max_memory_allocated() - before
-        return
-    with peak_bytes() as memory:
-        yield lambda: memory.peak
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], Any]],
         rounds (int): How many rounds to time.
         warm_up (int): How many rounds to run before; at least one.
             Defaults to 2.
-        at_least (float): Seconds that a timing should last: shorter calls
-            are repeated, all of them equally often. Defaults to 0, never.
+        at_least (float): Seconds that the slowest call, by the last round
+            before, should take: where it is shorter, all calls are repeated
+            equally often. Defaults to 0, never.
         seed (int): Of the shuffled order. Defaults to 0.
 
     Yields:

@@ -1,6 +1,6 @@
 """Log what a training step takes, and what Tune mode spares it."""
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmtune.analysis import peak_bytes
+from mmtune.analysis import peak_on
 from mmtune.behaviours import FoldingNorm
 from mmtune.class_swap import behaviour_of
 from mmtune.registry import HOOKS
@@ -25,16 +25,21 @@ class StepMemoryHook(Hook):
     Two scalars of the run, in MiB, which MMEngine's ``LoggerHook`` writes to
     the log and to every backend of the visualizer, beside its own ``memory``:
 
-    - ``train/peak_memory``: on the CPU the peak of the tensors that the step
-      creates (:func:`mmtune.analysis.peak_bytes`), on a GPU the peak of its
-      allocator;
+    - ``train/peak_memory``: the peak of what the step creates: feature maps,
+      gradients, but not parameters and optimizer state. Counted tensor by
+      tensor on the CPU, by the allocator on a GPU
+      (:func:`mmtune.analysis.peak_on`);
     - ``train/spared_memory``: the feature maps that the fused blocks of that
       step do not keep for backward, and Eval mode would. Those inside of an
       activation checkpoint count too, though there Eval does not keep them
       until the backward.
 
-    The first step is measured too, and the log says then what is spared. On
-    the CPU a step that is measured takes longer than others.
+    The first step is measured too, and the log says then what is spared.
+    Between measured steps MMEngine logs the latest values again. On the CPU a
+    step that is measured takes longer than others; on a GPU the allocator's
+    peak starts anew with it, from which MMEngine's ``memory`` comes, too. A
+    run with ``compile`` is not measured, since that would keep torch from
+    compiling.
 
     Args:
         interval (int): Iterations from one measured step to the next.
@@ -47,15 +52,12 @@ class StepMemoryHook(Hook):
         >>> custom_hooks = [dict(type='mmtune.StepMemoryHook', interval=50)]
     """
 
-    # Before the LoggerHook, which writes what is there.
-    priority = 'NORMAL'
-
     def __init__(self, interval: int = 50) -> None:
         if not isinstance(interval, int) or interval < 1:
             raise ValueError('`interval` must be a positive number of '
                              f'iterations, but got {interval!r}')
         self.interval = interval
-        self._said = False
+        self._started = False
 
     def before_train_iter(self,
                           runner: Runner,
@@ -68,12 +70,18 @@ class StepMemoryHook(Hook):
             batch_idx (int): Unused.
             data_batch (optional): Unused.
         """
-        if not self._said or self.every_n_train_iters(
-                runner, self.interval):
-            self._measure_next_step(runner)
+        is_first, self._started = not self._started, True
+        if runner.cfg.get('compile'):
+            if is_first:
+                runner.logger.warning(
+                    'StepMemoryHook measures nothing in a run with `compile`; '
+                    'start one without it to see what a step takes')
+        elif is_first or self.every_n_train_iters(runner, self.interval):
+            self._measure_next_step(runner, is_first)
 
-    def _measure_next_step(self, runner: Runner) -> None:
+    def _measure_next_step(self, runner: Runner, is_first: bool) -> None:
         model = runner.model
+        device = next(model.parameters()).device
         stock = model.train_step
         own = vars(model).get('train_step')
 
@@ -83,30 +91,20 @@ class StepMemoryHook(Hook):
                 del model.train_step
             else:
                 model.train_step = own
-            with _spared_bytes(model) as spared:
-                peak, outputs = _measured(stock, *args, **kwargs)
+            with _spared_bytes(model) as spared, peak_on(device) as peak:
+                outputs = stock(*args, **kwargs)
+            peak_mib, spared_mib = peak() / MIB, sum(spared) / MIB
             hub = runner.message_hub
-            hub.update_scalar('train/peak_memory', peak / MIB)
-            hub.update_scalar('train/spared_memory', sum(spared) / MIB)
-            if not self._said:
-                self._said = True
+            hub.update_scalar('train/peak_memory', peak_mib)
+            hub.update_scalar('train/spared_memory', spared_mib)
+            if is_first:
                 runner.logger.info(
-                    f'A step takes {peak / MIB:.1f} MiB at its peak; fused '
-                    f'blocks spare it {sum(spared) / MIB:.1f} MiB that Eval '
-                    'mode would keep for backward')
+                    f'A step takes {peak_mib:.1f} MiB at its peak; fused '
+                    f'blocks spare it {spared_mib:.1f} MiB that Eval mode '
+                    'would keep for backward')
             return outputs
 
         model.train_step = train_step
-
-
-def _measured(step: Callable, *args: Any, **kwargs: Any) -> tuple[int, Any]:
-    """Run a step; give its peak in bytes and its outputs."""
-    if torch.cuda.is_available():
-        outputs = step(*args, **kwargs)
-        return torch.cuda.max_memory_allocated(), outputs
-    with peak_bytes() as memory:
-        outputs = step(*args, **kwargs)
-    return memory.peak, outputs
 
 
 @contextlib.contextmanager

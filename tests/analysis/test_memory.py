@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtune.analysis import peak_bytes, saved_bytes
+from mmtune.analysis import peak_bytes, peak_on, saved_bytes
 
 MIB = 2**20
 
@@ -83,3 +83,30 @@ def test_a_buffer_replaced_in_the_forward_hides_nothing():
         model.state = None
         y = x.exp()
     assert saved.total == MIB and y is not None
+
+
+def test_peak_on_the_cpu_is_that_of_tensors():
+    with peak_on(torch.device('cpu')) as peak:
+        kept = mebibyte() + mebibyte()
+    assert peak() == 3 * kept.nbytes
+
+
+def test_peak_on_a_gpu_is_what_its_allocator_adds(monkeypatch):
+    """Without a GPU: what is asked of torch.cuda, and in which order."""
+    asked = []
+
+    def answer(name, value=None):
+        monkeypatch.setattr(
+            torch.cuda, name,
+            lambda device: asked.append((name, device.index)) or value)
+
+    answer('synchronize')
+    answer('memory_allocated', 100)
+    answer('reset_peak_memory_stats')
+    answer('max_memory_allocated', 350)
+    with peak_on(torch.device('cuda', 1)) as peak:
+        assert [name for name, _ in asked] == [
+            'synchronize', 'memory_allocated', 'reset_peak_memory_stats'
+        ]
+    assert peak() == 250
+    assert {index for _, index in asked} == {1}

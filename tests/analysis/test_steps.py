@@ -127,6 +127,33 @@ def test_gradients_by_hand():
     assert step.model.weight.grad is None
 
 
+@pytest.mark.parametrize('size', [1e-5, 1., 1e4])
+def test_gradients_in_float16_neither_vanish_nor_overflow(size):
+    """As on a GPU; without a scaled loss those of 1e-5 would all be 0."""
+    workload = image_workload((16, 16), 2)
+    workload = Workload(workload.images,
+                        lambda *args: size * workload_loss(*args),
+                        workload.updater)
+    workload_loss = image_workload((16, 16), 2).loss
+    step = Step(conv_bns(torch.float32).eval(), workload)
+    loss, exact = step.gradients()
+    step.dtype = torch.float16
+    half_loss, half = step.gradients()
+    assert half_loss == pytest.approx(loss, rel=.01)
+    assert difference(half, exact) < .01
+    assert all(leaf.grad is None for leaf in step.leaves.values())
+
+
+def test_gradients_that_are_infinite_stay_so():
+    images = torch.ones(1, 1, 512, 512)
+    step = Step(Scale(), Workload(images, lambda model, x: model(
+        x * torch.inf).sum(), lambda model: Updater(model, momentum)))
+    step.dtype = torch.float16
+    loss, gradients = step.gradients()
+    assert loss == torch.inf
+    assert not gradients['weight'].isfinite().any()
+
+
 def test_gradients_of_the_input_by_hand():
     step = scale_step(grad_to='input')
     _, gradients = step.gradients()

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from mmtune.analysis import timing
 from mmtune.analysis.timing import interleaved_seconds, quartiles
@@ -84,3 +85,16 @@ def test_quartiles(values, expected):
 def test_quartiles_of_nothing_raise():
     with pytest.raises(RuntimeError):
         quartiles([])
+
+
+@pytest.mark.parametrize('is_initialized, expected', [
+    (False, ['call', 'call']),
+    (True, ['wait', 'call', 'wait', 'wait', 'call', 'wait']),
+])
+def test_a_gpu_is_waited_for_before_and_after(monkeypatch, is_initialized,
+                                              expected):
+    done = []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: done.append('wait'))
+    list(interleaved_seconds({'a': lambda: done.append('call')}, 1, 1))
+    assert done == expected

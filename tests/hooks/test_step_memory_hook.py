@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -8,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 
 from mmtune.analysis import peak_bytes
 from mmtune.api import turn_on
-from mmtune.hooks import StepMemoryHook
+from mmtune.hooks import StepMemoryHook, step_memory_hook
 from mmtune.hooks.step_memory_hook import _spared_bytes
 from tests import toy
 
@@ -100,6 +102,32 @@ def test_peak_is_that_of_the_step(tmp_path):
             runner.model.train_step(data, wrapper)
     assert history(runner, 'peak_memory')[-1] == pytest.approx(
         memory.peak / MIB)
+
+
+def test_measures_where_the_model_is(tmp_path, monkeypatch):
+    runner = toy.build_runner(tmp_path, custom_hooks=hooks(1))
+    asked = []
+
+    @contextlib.contextmanager
+    def record(device):
+        asked.append(device.type)
+        yield lambda: 3 * MIB
+
+    monkeypatch.setattr(step_memory_hook, 'peak_on', record)
+    runner.train()
+    assert set(asked) == {'cpu'}
+    assert set(history(runner, 'peak_memory')) == {3}
+
+
+def test_a_compiled_run_is_left_alone(tmp_path):
+    options = dict(compile=dict(backend='eager'), default_hooks=toy.TUNE)
+    runner = toy.build_runner(tmp_path, custom_hooks=hooks(1), **options)
+    runner.train()
+    assert toy.logged(runner).count('measures nothing in a run with') == 1
+    assert 'train/peak_memory' not in runner.message_hub.log_scalars
+    plain = toy.build_runner(tmp_path, **options)
+    plain.train()
+    assert toy.losses(runner) == toy.losses(plain)
 
 
 def test_every_backend_of_the_visualizer(tmp_path):
