@@ -12,11 +12,6 @@ from mmtune.analysis.scales import POWERS
 
 __all__ = ['plot_blocks', 'plot_scales', 'plot_steps']
 
-COLORS = {
-    'Tune': 'tab:green',
-    'BN trains': 'tab:orange',
-    'left out': 'tab:gray'
-}
 MODE_COLORS = {
     'Train': 'tab:gray',
     'Eval': 'tab:blue',
@@ -24,11 +19,15 @@ MODE_COLORS = {
     'Tune': 'tab:green',
     'Deploy': 'tab:red'
 }
+BLOCK_COLORS = MODE_COLORS | {
+    'BN trains': 'tab:olive',
+    'left out': 'tab:brown'
+}
 MIB, GIB = 2**20, 2**30
 
 
 def plot_blocks(blocks: Sequence[Block], path: str | Path) -> None:
-    """Plot how many blocks of each part of a model run in Tune mode.
+    """Plot how many blocks of each part of a model run in which way.
 
     Args:
         blocks (Sequence[Block]): From :func:`mmtune.analysis.list_blocks`.
@@ -40,7 +39,10 @@ def plot_blocks(blocks: Sequence[Block], path: str | Path) -> None:
         figsize=(8, 1.5 + 0.4 * len(parts)), layout='constrained')
     axes = figure.subplots()
     left = [0] * len(parts)
-    for state, color in COLORS.items():
+    states = {state for _, state in counts}
+    for state, color in BLOCK_COLORS.items():
+        if state not in states:
+            continue
         widths = [counts[part, state] for part in parts]
         bars = axes.barh(parts, widths, left=left, color=color, label=state)
         axes.bar_label(

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmtune.api import turn_off
+from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
+
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 __all__ = [
     'build_model', 'call_for_model', 'load_config', 'load_fitting',
-    'optimizer_options', 'read_state_dict', 'tune_options'
+    'optimizer_options', 'read_state_dict', 'trains_with_amp',
+    'tune_options'
 ]
 
-# Where configs name weights to load, and what to put there instead.
-PRETRAINED = ('init_cfg', 'pretrained', 'teacher_ckpt')
+# Where configs name weights to load, beside an `init_cfg`.
+PRETRAINED = ('pretrained', 'teacher_ckpt')
 
 
 def load_config(path: str) -> 'Config':
@@ -54,6 +58,9 @@ def load_config(path: str) -> 'Config':
 def build_model(config: 'Config', pretrained: bool = False) -> nn.Module:
     """Build the model of a config as a Runner would, in train mode.
 
+    It is stock, also where the config wraps it in a
+    :class:`mmtune.models.TuneModeModel`.
+
     Args:
         config (Config): With a ``model``.
         pretrained (bool): Whether to load the weights that the model's
@@ -64,6 +71,7 @@ def build_model(config: 'Config', pretrained: bool = False) -> nn.Module:
 
     Raises:
         OSError: If the weights can be neither found nor fetched.
+        ValueError: If it cannot be built from these settings.
     """
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
@@ -74,11 +82,17 @@ def build_model(config: 'Config', pretrained: bool = False) -> nn.Module:
         settings = _without_weights(settings)
     scope = config.get('default_scope', 'mmengine')
     with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(ConfigDict(settings))
+        try:
+            model = MODELS.build(ConfigDict(settings))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                "the config's `model` cannot be built here: "
+                f'{error.args[0] if error.args else error!r}') from error
         # Without weights to load too: proposals and biases of heads have
         # initial values without which a step makes no sense.
         if hasattr(model, 'init_weights'):
             _init_weights(model)
+    turn_off(model)
     # Some return nothing.
     model.train()
     return model
@@ -94,42 +108,63 @@ def _init_weights(model: Any) -> None:
 
 
 def _without_weights(settings: Any) -> Any:
+    # Other initializations stay: without them some heads do not work.
     if isinstance(settings, dict):
         return {
-            key: None if key in PRETRAINED else _without_weights(value)
+            key: None if key in PRETRAINED or _is_pretrained(value) else
+            _without_weights(value)
             for key, value in settings.items()
         }
     if isinstance(settings, (list, tuple)):
-        return type(settings)(_without_weights(item) for item in settings)
+        return type(settings)(
+            _without_weights(item) for item in settings
+            if not _is_pretrained(item))
     return settings
 
 
+def _is_pretrained(settings: Any) -> bool:
+    return isinstance(settings, dict) and _is_of(settings, 'Pretrained')
+
+
 def tune_options(config: 'Config') -> dict[str, Any]:
-    """Read which modules a config would tune.
+    """Read which mode a config turns on, and where.
 
     Args:
         config (Config): With or without the key ``efficient_conv_bn_eval``
-            and a :class:`mmtune.hooks.TuneModeHook`.
+            and something of mmtune's that turns a mode on: a
+            :class:`mmtune.hooks.TuneModeHook`, or a wrapper of
+            :mod:`mmtune.models`.
 
     Returns:
-        dict[str, Any]: ``modules`` and ``norm_eval`` as
-        :func:`mmtune.turn_on` takes them, where the config gives them.
+        dict[str, Any]: What is given of ``modules``, ``mode``, ``norm_eval``
+        and ``begin``, as in a run. Without ``mode`` where nothing of
+        mmtune's turns one on; then MMEngine's own rewrite takes the key.
+
+    Raises:
+        ValueError: For options that would stop the run.
     """
-    key = config.get('efficient_conv_bn_eval') or {}
-    options = dict(key) if isinstance(key, dict) else dict(modules=key)
     hooks = [
         *(config.get('default_hooks') or {}).values(),
         *(config.get('custom_hooks') or [])
     ]
+    key = config.get(CONFIG_KEY)
     for hook in hooks:
-        if 'TuneModeHook' in str((hook or {}).get('type')):
-            # The hook's own arguments win, as in a run.
-            options.update(hook)
-    return {
-        name: options[name]
-        for name in ('modules', 'norm_eval')
-        if options.get(name) is not None
-    }
+        if _is_of(hook, 'TuneModeHook'):
+            return merge_options(key, _own_options(hook))
+    for wrapper in (config.get('model'), config.get('model_wrapper_cfg')):
+        if _is_of(wrapper, 'TuneMode'):
+            return merge_options(None, _own_options(wrapper))
+    options = merge_options(key, {})
+    del options['mode']
+    return options
+
+
+def _is_of(settings: Any, name: str) -> bool:
+    return name in str((settings or {}).get('type'))
+
+
+def _own_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in OPTIONS if name in settings}
 
 
 def optimizer_options(config: 'Config') -> dict[str, Any]:
@@ -145,6 +180,18 @@ def optimizer_options(config: 'Config') -> dict[str, Any]:
     return dict((config.get('optim_wrapper') or {}).get('optimizer') or {})
 
 
+def trains_with_amp(config: 'Config') -> bool:
+    """Tell whether a config trains in mixed precision.
+
+    Args:
+        config (Config): With or without an ``optim_wrapper``.
+
+    Returns:
+        bool: Whether that is MMEngine's ``AmpOptimWrapper``.
+    """
+    return _is_of(config.get('optim_wrapper'), 'AmpOptimWrapper')
+
+
 def call_for_model(path: str) -> nn.Module:
     """Call a function without arguments to get a model.
 
@@ -153,12 +200,12 @@ def call_for_model(path: str) -> nn.Module:
             ``'torchvision.models:resnet50'``.
 
     Returns:
-        nn.Module: The model, in train mode.
+        nn.Module: The model, stock, on the CPU, in train mode.
 
     Raises:
-        ValueError: If the path is not of this form or names nothing.
+        ValueError: If the path is not of this form, names nothing, or names
+            what cannot be called without arguments or gives no model.
         ImportError: If the module cannot be imported.
-        TypeError: If what it names gives no model.
     """
     module_name, colon, name = path.partition(':')
     if not (module_name and colon and name):
@@ -169,12 +216,18 @@ def call_for_model(path: str) -> nn.Module:
     if not callable(function):
         raise ValueError(f'the module {module_name!r} has no callable '
                          f'{name!r}; name a function or a class in it')
-    model = function()
+    try:
+        model = function()
+    except TypeError as error:
+        raise ValueError(
+            f'{path} must take no arguments, but raised {error}; name a '
+            'function that gives the model') from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f'{path} must return a torch.nn.Module, but returned '
-                        f'{type(model).__name__}')
+        raise ValueError(f'{path} must return a torch.nn.Module, but '
+                         f'returned {type(model).__name__}')
+    turn_off(model)
     model.train()
-    return model
+    return model.cpu()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -92,8 +92,9 @@ def image_workload(shape: tuple[int, int],
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             message = str(error).strip().partition('\n')[0]
+            dtype = str(images.dtype).removeprefix('torch.')
             raise ValueError(
-                'the model must take float32 images of shape '
+                f'the model must take {dtype} images of shape '
                 f'{tuple(images.shape)} as its one argument, but raised '
                 f'{type(error).__name__}: {message}') from error
         if (isinstance(output, Tensor) and output.dim() == 2

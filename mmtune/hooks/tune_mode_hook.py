@@ -11,12 +11,10 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmtune.api import FoldedNorm, keep_folds, latest_runs, turn_on
+from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
 
 __all__ = ['TuneModeHook']
-
-CONFIG_KEY = 'efficient_conv_bn_eval'
-OPTIONS = ('modules', 'mode', 'norm_eval', 'begin')
 
 
 @HOOKS.register_module()
@@ -80,7 +78,7 @@ class TuneModeHook(Hook):
         """
         self._epoch.close()
         _check_sole(runner)
-        options = self._options(runner)
+        options = merge_options(runner.cfg.get(CONFIG_KEY), self.arguments)
         begin = options.pop('begin', None)
         if begin is not None:
             _check_begin(runner, begin, options)
@@ -203,34 +201,6 @@ class TuneModeHook(Hook):
             self._turn_on(runner, self._to_begin[0])
             self._to_begin = None
             self._reported = False
-
-    def _options(self, runner: Runner) -> dict:
-        key = runner.cfg.get(CONFIG_KEY)
-        if key is None:
-            options = {}
-        elif isinstance(key, dict):
-            options = dict(key)
-        elif isinstance(key, (str, list, tuple)):
-            options = dict(modules=key)
-        else:
-            raise ValueError(
-                f'`{CONFIG_KEY}` must be a name, a list of names or a dict, '
-                f'but got {key!r}')
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise ValueError(
-                f'`{CONFIG_KEY}` takes {", ".join(OPTIONS)}, but got '
-                f'{", ".join(sorted(unknown))}')
-        options.update({
-            name: value
-            for name, value in self.arguments.items() if value is not None
-        })
-        if options.get('mode') is None:
-            options['mode'] = 'Tune'
-        if not isinstance(options['mode'], str):
-            raise ValueError('`mode` must be a name, but got '
-                             f'{options["mode"]!r}')
-        return options
 
     def _turn_on(self, runner: Runner, options: dict) -> None:
         report = turn_on(_unwrapped(runner.model), **options)

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
 from mmtune import turn_on
@@ -14,12 +15,15 @@ from mmtune.analysis.sources import (
     load_fitting,
     optimizer_options,
     read_state_dict,
+    trains_with_amp,
     tune_options,
 )
-from tests import toy  # noqa: F401, registers ToyClassifier
+from mmtune.class_swap import stock_type
+from tests import toy
 from tests.oracle import randomize
 
 PRETRAINED = dict(type='Pretrained', checkpoint='/nowhere/weights.pth')
+CONSTANT = dict(type='Constant', layer='Conv2d', val=7.)
 RESNET = dict(type='mmdet.ResNet', depth=18, init_cfg=PRETRAINED)
 
 
@@ -118,15 +122,41 @@ def test_weights_that_are_not_there():
           default_hooks=dict(
               tune_mode=dict(type='mmtune.TuneModeHook', modules=['b']),
               timer=None)),
-     dict(modules=['b'])),
+     dict(modules=['b'], mode='Tune')),
     (dict(efficient_conv_bn_eval='a',
           custom_hooks=[dict(type='EMAHook', modules='c')]),
      dict(modules='a')),
     (dict(custom_hooks=[dict(type='TuneModeHook', norm_eval=True)]),
-     dict(norm_eval=True)),
+     dict(norm_eval=True, mode='Tune')),
+    (dict(efficient_conv_bn_eval=dict(modules='a', mode='Deploy'),
+          custom_hooks=[dict(type='TuneModeHook', modules=None, begin=3)]),
+     dict(modules='a', mode='Deploy', begin=3)),
+    (dict(model=dict(type='mmtune.TuneModeModel', architecture=dict(),
+                     modules='a')),
+     dict(modules='a', mode='Tune')),
+    (dict(model=dict(type='ResNet'),
+          model_wrapper_cfg=dict(
+              type='mmtune.TuneModeDistributedDataParallel', mode='Eval',
+              broadcast_buffers=False)),
+     dict(mode='Eval')),
 ])  # yapf: disable
 def test_what_a_config_tunes(keys, expected):
     assert tune_options(Config(keys)) == expected
+
+
+def test_an_option_that_there_is_not():
+    config = Config(dict(efficient_conv_bn_eval=dict(module='a')))
+    with pytest.raises(ValueError, match='takes modules.*but got module'):
+        tune_options(config)
+
+
+@pytest.mark.parametrize('wrapper, amp', [
+    (None, False), (dict(type='OptimWrapper'), False),
+    (dict(type='AmpOptimWrapper', dtype='float16'), True),
+    (dict(type=AmpOptimWrapper), True),
+])
+def test_whether_a_config_trains_with_amp(wrapper, amp):
+    assert trains_with_amp(Config(dict(optim_wrapper=wrapper))) == amp
 
 
 def test_what_a_config_trains_with():
@@ -148,7 +178,8 @@ def test_a_model_from_a_callable():
     ('tests.toy:conv', ValueError, "'tests.toy' has no callable 'conv'"),
     ('tests.toy:TUNE', ValueError, "has no callable 'TUNE'"),
     ('tests.nothing:conv', ImportError, 'tests.nothing'),
-    ('tests.toy:loader', TypeError, 'torch.nn.Module, but returned dict'),
+    ('tests.toy:loader', ValueError, 'torch.nn.Module, but returned dict'),
+    ('torch.nn:Conv2d', ValueError, 'must take no arguments, but raised'),
 ])
 def test_callables_that_give_no_model(path, error, message):
     with pytest.raises(error, match=message):
@@ -232,4 +263,35 @@ def test_a_config_of_a_tuned_model_is_built():
     config = Config(
         dict(model=dict(type='mmtune.TuneModeModel', architecture=RESNET)))
     model = build_model(config)
+    assert all(stock_type(m) is type(m) for m in model.modules())
     assert len(turn_on(model).rewritten) == 20
+
+
+def test_a_callable_that_gives_a_tuned_model(monkeypatch):
+    monkeypatch.setattr(toy, 'tuned', lambda: tuned(toy.conv_bns()),
+                        raising=False)
+    model = call_for_model('tests.toy:tuned')
+    assert all(stock_type(m) is type(m) for m in model.modules())
+
+
+def tuned(model):
+    turn_on(model, norm_eval=True)
+    return model
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(type='ResNot'), 'cannot be built here.*ResNot'),
+    (dict(type='mmdet.ResNet', deep=18), "cannot be built here.*'deep'"),
+])
+def test_models_that_cannot_be_built(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(Config(dict(default_scope='mmdet', model=settings)))
+
+
+@pytest.mark.parametrize('init_cfg', [
+    CONSTANT, [PRETRAINED, CONSTANT], [CONSTANT]
+])
+def test_initializations_other_than_by_weights_stay(init_cfg):
+    config = resnet_config()
+    config.model.init_cfg = init_cfg
+    assert (build_model(config).conv1.weight == 7).all()

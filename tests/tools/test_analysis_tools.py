@@ -5,13 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmcv
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmtune.analysis.plots import BLOCK_COLORS, MODE_COLORS
 from mmtune.analysis.sources import build_model, load_config
+from mmtune.analysis.steps import Step
+from mmtune.api import latest_runs
 from tests.oracle import randomize
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +37,8 @@ def run(monkeypatch, tmp_path, capsys):
     def run(name, *arguments):
         path = TOOLS / f'{name}.py'
         command = [path.name, *arguments, '--json', 'out/found.json']
+        if name in ('benchmark_modes', 'estimate_memory'):
+            command += ['--device', 'cpu']
         monkeypatch.setattr(sys, 'argv', list(map(str, command)))
         spec = importlib.util.spec_from_file_location(name, path)
         tool = importlib.util.module_from_spec(spec)
@@ -63,8 +70,11 @@ def scales(state_dict, eps=1e-5):
     }
 
 
-def is_picture(path):
-    return mmcv.imread(str(path)).std() > 10
+def shows(path, color):
+    """Tell whether something is drawn in a color of matplotlib's."""
+    picture = mmcv.imread(str(path), channel_order='rgb')
+    wanted = [round(255 * level) for level in to_rgb(color)]
+    return (abs(picture.astype(int) - wanted).max(axis=2) <= 1).sum() > 20
 
 
 # ----------------------------------------------------------------------------
@@ -83,7 +93,8 @@ def test_inspect_a_config(run, config, runs, learning):
     assert found['totals']['runs'] == runs
     assert found['totals']['learning'] == learning
     assert found['totals']['blocks'] == len(found['blocks'])
-    assert is_picture('plots/blocks.png')
+    for how in ('Tune', 'BN trains', 'left out'):
+        assert shows('plots/blocks.png', BLOCK_COLORS[how]) == (how in runs)
     stock = build_model(load_config(str(config)))
     norms = {
         name: module
@@ -112,10 +123,46 @@ def test_inspect_says_why_a_block_is_left_out(run):
 
 def test_inspect_what_the_config_tunes(run):
     found, _ = run('inspect_conv_bn', RETINANET)
-    assert found['options'] == dict(modules=['backbone'])
+    assert found['options'] == dict(modules=['backbone'], mode='Tune')
     found, _ = run('inspect_conv_bn', RETINANET, '--modules',
                    'backbone.layer4')
     assert found['totals']['runs'] == {'Tune': 10}
+
+
+def config_of(tmp_path, text, base=RETINANET):
+    path = tmp_path / 'changed.py'
+    path.write_text(f'_base_ = {str(base)!r}\n{text}\n')
+    return path
+
+
+KEY = 'efficient_conv_bn_eval'
+
+
+@pytest.mark.parametrize('text, runs, says', [
+    (f'{KEY} = dict(mode="Deploy")', {'Deploy': 53}, '53 blocks in Deploy'),
+    (f'{KEY} = dict(mode="Eval")', {'Eval': 53}, '53 blocks in Eval mode'),
+    (f'{KEY} = dict(begin=5)\nmodel = dict(backbone=dict(norm_eval=False))',
+     {'Tune': 53}, 'how it is from epoch 5 on; before'),
+    ('default_hooks = dict(tune_mode=dict(modules=None))', {'Tune': 53},
+     '53 blocks in Tune'),
+    ('model = dict(_delete_=True, type="mmtune.TuneModeModel",'
+     ' architecture={{_base_.model}}, modules=["backbone"])', {'Tune': 53},
+     '53 blocks in Tune'),
+    ('default_hooks = dict(tune_mode=None)', {'Tune': 53},
+     'Nothing in this config turns Tune mode on'),
+], ids=['Deploy', 'Eval', 'begin', 'hook', 'model', 'nothing'])
+def test_inspect_shows_the_mode_of_the_config(run, tmp_path, text, runs,
+                                              says):
+    found, shown = run('inspect_conv_bn', config_of(tmp_path, text))
+    assert found['totals']['runs'] == runs
+    assert says in shown
+    assert ('Nothing in this' in shown) == ('Nothing' in says)
+
+
+def test_inspect_an_option_on_which_the_run_would_stop(run, tmp_path):
+    config = config_of(tmp_path, f'{KEY} = dict(module=["backbone"])')
+    with pytest.raises(SystemExit, match='takes modules.*but got module'):
+        run('inspect_conv_bn', config)
 
 
 def test_inspect_a_plain_model_of_this_folder(run, tmp_path):
@@ -174,10 +221,15 @@ def test_plain_models_need_torch_alone(tool, options, expected, tmp_path):
     (['nowhere.txt'], 'nowhere.txt'),
     (['--model', 'torch.nn:Convolution'], "'Convolution'"),
     (['--model', 'nowhere:net'], 'nowhere'),
+    (['--model', 'torch.nn:Conv2d'], 'must take no arguments'),
+    (['--model', 'os:getcwd'], 'but returned str'),
     ([RETINANET, '--modules', 'backbne'], "'backbne'"),
+    (['wrong.py'], "`model` cannot be built here: 'Retina is not in"),
 ])
-def test_inspect_what_is_not_there(run, arguments, message):
+def test_inspect_what_is_not_there(run, tmp_path, arguments, message):
     """A user sees a sentence, and no stack trace."""
+    (tmp_path / 'wrong.py').write_text(
+        'default_scope = "mmdet"\nmodel = dict(type="Retina")\n')
     with pytest.raises(
             SystemExit, match=rf'inspect_conv_bn.py: error: .*{message}'):
         run('inspect_conv_bn', *arguments)
@@ -198,7 +250,7 @@ def test_inspect_a_model_whose_blocks_are_all_left_out(run, tmp_path):
                        'a.png')
     row, = found['blocks']
     assert row['runs'] == 'left out' and row['reason'] in shown
-    assert is_picture('a.png')
+    assert shows('a.png', BLOCK_COLORS['left out'])
 
 
 @pytest.mark.parametrize('tool, arguments, message', [
@@ -269,7 +321,7 @@ def test_diagnose_a_checkpoint(run, config, optimizer, lr, frozen, left_out):
     bound = 10 * coeff.min().item()**power
     assert found['total']['limits'][0]['lr'] == pytest.approx(bound)
     assert f'{bound * lr:.3g}' in shown
-    assert is_picture('plots/scales.png')
+    assert shows('plots/scales.png', 'tab:blue')
 
 
 def test_diagnose_the_weights_that_a_config_starts_from(run, tmp_path):
@@ -316,7 +368,7 @@ def test_diagnose_a_plain_model_and_its_checkpoint(run, tmp_path):
     assert found['not_counted'] == {
         'its statistics are those of a new BatchNorm': 1
     }
-    assert is_picture('scales.png')
+    assert shows('scales.png', 'tab:blue')
 
 
 def test_diagnose_with_a_config_of_classes(run, tmp_path):
@@ -408,7 +460,8 @@ def test_benchmark_a_config(run, config, blocks, momenta):
     if config != FASTER_RCNN:
         # Which samples a second stage draws is up to rounding.
         assert modes['Tune']['off_eval']['gradient'] < 1e-4
-    assert is_picture('plots/modes.png')
+    for mode, color in MODE_COLORS.items():
+        assert shows('plots/modes.png', color), mode
 
 
 def test_benchmark_adversarial_examples(run):
@@ -438,6 +491,64 @@ def test_benchmark_under_autocast(run):
     assert 1e-4 < found['modes']['Tune']['off_eval']['gradient'] < .5
 
 
+def test_a_config_that_trains_with_amp_is_measured_so(run, tmp_path):
+    config = config_of(
+        tmp_path, 'optim_wrapper = dict(type="AmpOptimWrapper")', TREES)
+    run_it = ['benchmark_modes', config, *TINY, '--modes', 'eval',
+              '--rounds', '0']
+    kept = {}
+    for option in ([], ['--amp'], ['--no-amp']):
+        found, _ = run(*run_it, *option)
+        assert found['amp'] == (option != ['--no-amp'])
+        kept[tuple(option)] = found['modes']['Eval']['kept']
+    assert kept[()] == kept['--amp', ] < kept['--no-amp', ]
+
+
+def test_eval_is_stock_where_the_config_wraps_the_model(run, tmp_path):
+    config = config_of(
+        tmp_path, 'model = dict(_delete_=True, type="mmtune.TuneModeModel",'
+        ' architecture={{_base_.model}}, modules=["backbone"],'
+        ' norm_eval=True)', TREES)
+    for name in (config, TREES):
+        found, _ = run('benchmark_modes', name, *TINY, '--modes', 'eval',
+                       'tune', '--rounds', '0')
+        kept = [found['modes'][mode]['kept'] for mode in ('Eval', 'Tune')]
+        assert found['modules'] == ['backbone']
+        assert kept[1] < .9 * kept[0]
+        if name == config:
+            expected = kept
+    assert kept == expected
+
+
+def test_benchmark_goes_on_where_eval_does_not_fit(run, monkeypatch):
+    memory = Step.memory
+
+    def fit(step):
+        if not latest_runs(step.model):
+            raise torch.OutOfMemoryError('too large')
+        return memory(step)
+
+    monkeypatch.setattr(Step, 'memory', fit)
+    found, shown = run('benchmark_modes', TREES, *TINY, '--modes', 'eval',
+                       'tune', '--rounds', '1', '--plot', 'a.png')
+    assert 'Eval failed: OutOfMemoryError: too large' in shown
+    assert list(found['modes']['Eval']) == ['failed']
+    tune = found['modes']['Tune']
+    assert tune['seconds'] > 0 and 'ratio' not in tune
+    assert shows('a.png', MODE_COLORS['Tune'])
+
+
+def test_benchmark_where_nothing_fits(run, monkeypatch):
+
+    def fail(step):
+        raise torch.OutOfMemoryError('too large')
+
+    monkeypatch.setattr(Step, 'memory', fail)
+    found, _ = run('benchmark_modes', TREES, *TINY, '--modes', 'tune',
+                   '--rounds', '1', '--plot', 'a.png')
+    assert all(list(row) == ['failed'] for row in found['modes'].values())
+
+
 @pytest.mark.slow
 def test_benchmark_goes_on_where_mmengine_fails(run, tmp_path):
     (tmp_path / 'config.py').write_text(
@@ -451,7 +562,8 @@ def test_benchmark_goes_on_where_mmengine_fails(run, tmp_path):
     assert 'MMEngine failed: TraceError: ' in shown
     assert found['modules'] == ['backbone']
     assert found['modes']['Tune']['ratio'] > 0
-    assert is_picture('modes.png')
+    assert shows('modes.png', MODE_COLORS['Tune'])
+    assert not shows('modes.png', MODE_COLORS['MMEngine'])
 
 
 def test_benchmark_a_model_whose_norms_train(run):
@@ -533,6 +645,20 @@ def test_benchmark_goes_on_without_float64(run, monkeypatch):
     assert found['modes']['Tune']['off_float64']['gradient'] is None
 
 
+def test_benchmark_a_plain_model_without_float64(run, tmp_path):
+    (tmp_path / 'single_net.py').write_text(
+        'from torch import nn\n'
+        'class net(nn.Sequential):\n'
+        '    def __init__(self):\n'
+        '        super().__init__(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))\n'
+        '    def forward(self, x):\n'
+        '        return super().forward(x.float())\n')
+    found, shown = run('benchmark_modes', '--model', 'single_net:net', *TINY,
+                       '--modes', 'tune', '--rounds', '0', '--exact')
+    assert 'in float64: the model must take float64 images' in shown
+    assert found['modes']['Tune']['off_eval']['gradient'] < 1e-4
+
+
 def test_no_times_where_bfloat16_is_computed_in_float32(run, monkeypatch):
     from mmtune.analysis import steps
     monkeypatch.setattr(steps, 'has_bfloat16_kernels', lambda: False)
@@ -583,7 +709,9 @@ def test_estimate_a_config(run, config):
         assert 'a batch of 16 takes more than' in shown
         assert 'may or may not fit in 24.00 GiB' in shown
     assert 'no run on a GPU' in shown
-    assert is_picture('plots/memory.png')
+    for mode in MODES[1:]:  # text has Train's gray too
+        assert shows('plots/memory.png', MODE_COLORS[mode]) == (
+            mode in found['modes'])
 
 
 @pytest.mark.parametrize('amp', [[], ['--amp']])
@@ -624,6 +752,39 @@ def test_what_fits(run, tmp_path, limit, fits, words):
         assert f'the largest batch that does is {batch}' in shown
     batches = [row['largest_batch'] for row in found['modes'].values()]
     assert batches[0] < batches[1] or not fits
+
+
+AFFINE = [(1, 30), (2, 50), (3, 70)]
+
+
+@pytest.mark.parametrize('totals, kept, small, limit, fits, says', [
+    (AFFINE, 20, 0, 331, True, ['fits in', 'that does is 16']),
+    (AFFINE, 20, 0, 329, False, ['does not fit in', 'that does is 15']),
+    ([(1, 30), (2, 55), (3, 70)], 20, 0, 331, None,
+     ['is not affine yet', 'run --batches 4 5 6', 'may or may not fit']),
+    (AFFINE, 30, 0, 331, None,
+     ['not yet in the feature maps', 'more than', 'is not known']),
+    (AFFINE, 30, 0, 300, False, ['not yet in the feature', 'does not fit']),
+    (AFFINE, 20, 7, 331, True, ['7 blocks ran as stock', 'fits in']),
+])
+def test_what_is_said_of_an_estimate(run, capsys, tmp_path, totals, kept,
+                                     small, limit, fits, says):
+    """Bytes in MiB at batches of 1 to 3, which grow by 20 an image."""
+    spec = importlib.util.spec_from_file_location(
+        'estimate_memory', TOOLS / 'estimate_memory.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    args = SimpleNamespace(
+        batch_size=16, batches=[1, 2, 3], gpu_memory=limit * 2**20)
+    found = tool.estimate(
+        [dict(batch=batch, total=total * 2**20, kept=kept * batch * 2**20)
+         for batch, total in totals], args)
+    found['small'] = small
+    assert found['fits'] is fits
+    tool.warn('Tune', found, args)
+    text = capsys.readouterr().out + tool.verdict('Tune', found, args)
+    for words in says:
+        assert words in text
 
 
 # ----------------------------------------------------------------------------

@@ -59,9 +59,6 @@ def parse_args() -> argparse.Namespace:
     args = parse_step_args(parser)
     if args.rounds < 0:
         parser.error(f'--rounds must be 0 or more, but got {args.rounds}')
-    if args.amp and args.device == 'cpu' and not has_bfloat16_kernels():
-        print('Nothing is timed: this CPU computes bfloat16 in float32')
-        args.rounds = 0
     return args
 
 
@@ -90,13 +87,14 @@ class Benchmark:
             dict: Bytes, the loss, how far that and the gradient are from
                 Eval's, and how the blocks ran.
         """
-        with stage(f'{mode}: count the bytes of a step'):
+        with stage(f'{mode}: count the bytes of a step, compare it'):
             model, report = self._stock.in_mode(mode)
             step = Step(model, self._workload, self._args.grad_to,
-                        self._args.amp)
-            memory = step.memory()
-        with stage(f'{mode}: compare the loss and the gradient'):
+                        self._stock.amp)
+            # First: an update by gradients that are not finite changes
+            # parameters even at a learning rate of 0.
             outcome = Outcome(*step.gradients())
+            memory = step.memory()
         if not math.isfinite(outcome.loss):
             print(f'{mode}: the loss is {outcome.loss}, so that there is '
                   'nothing to compare')
@@ -116,13 +114,13 @@ class Benchmark:
     def measure_exact(self) -> None:
         """Run Eval in float64, for the modes to be compared with."""
         with stage('Eval: run it in float64'):
-            model, _ = self._stock.in_mode('Eval')
-            workload = replace(
-                self._workload, images=self._workload.images.double())
-            step = Step(model.double(), workload, self._args.grad_to)
             try:
+                model, _ = self._stock.in_mode('Eval')
+                workload = replace(
+                    self._workload, images=self._workload.images.double())
+                step = Step(model.double(), workload, self._args.grad_to)
                 self._exact = Outcome(*step.gradients())
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 message = str(error).strip().partition('\n')[0]
                 print(f'Eval cannot be run in float64: {message}')
 
@@ -196,12 +194,13 @@ def time_modes(steps: dict[str, Step], rounds: int) -> dict[str, dict]:
     """Time steps side by side.
 
     Args:
-        steps (dict[str, Step]): By mode; of Eval too.
+        steps (dict[str, Step]): By mode.
         rounds (int): How many rounds to time.
 
     Returns:
-        dict[str, dict]: By mode: the median of the seconds; and the median
-            and quartiles of the ratios to Eval, one a round.
+        dict[str, dict]: By mode: the median of the seconds; and, where Eval
+            is among them, the median and quartiles of the ratios to it, one
+            a round.
     """
     timed = interleaved_seconds(
         {mode: step.run for mode, step in steps.items()},
@@ -226,17 +225,19 @@ def summarize(mode: str, taken: Sequence[dict[str, float]]) -> dict:
         dict: See :func:`time_modes`.
     """
     _, seconds, _ = quartiles(row[mode] for row in taken)
+    if 'Eval' not in taken[0]:
+        return dict(seconds=seconds)
     low, ratio, high = quartiles(row[mode] / row['Eval'] for row in taken)
     return dict(seconds=seconds, ratio=ratio, ratio_quartiles=[low, high])
 
 
-def make_row(mode: str, found: dict, stock_peak: int) -> list[str]:
+def make_row(mode: str, found: dict, stock_peak: int | None) -> list[str]:
     """Write a mode down as a row of the table.
 
     Args:
         mode (str): One of ``MODES``.
         found (dict): What was measured of it.
-        stock_peak (int): Bytes, of Eval.
+        stock_peak (int, optional): Bytes, of Eval; None where it failed.
 
     Returns:
         list[str]: A cell for each of ``COLUMNS``.
@@ -244,14 +245,15 @@ def make_row(mode: str, found: dict, stock_peak: int) -> list[str]:
     if 'failed' in found:
         return [mode, 'failed', *'-' * (len(COLUMNS) - 2)]
     sizes = (found[key] / MIB for key in ('kept', 'peak', 'resident'))
-    times = ['-', '-']
+    seconds = f'{found["seconds"]:.4g}' if 'seconds' in found else '-'
+    ratio = '-'
     if 'ratio' in found:
         low, high = found['ratio_quartiles']
-        times = [f'{found["seconds"]:.4g}',
-                 f'{found["ratio"]:.3f} ({low:.3f}-{high:.3f})']
+        ratio = f'{found["ratio"]:.3f} ({low:.3f}-{high:.3f})'
     return [
         mode, *(f'{size:.1f}' for size in sizes),
-        f'{found["peak"] / stock_peak:.3f}', *times,
+        f'{found["peak"] / stock_peak:.3f}' if stock_peak else '-',
+        seconds, ratio,
         show_difference(found['off_eval']['loss']),
         show_difference(found['off_eval']['gradient']),
         show_difference(found['off_float64']['gradient']),
@@ -280,10 +282,13 @@ def main() -> None:
     if args.exact:
         benchmark.measure_exact()
     modes = measure_modes(args.modes, benchmark.measure)
-    if args.rounds:
+    if stock.amp and args.device == 'cpu' and not has_bfloat16_kernels():
+        print('Nothing is timed: this CPU computes bfloat16 in float32')
+        args.rounds = 0
+    if args.rounds and benchmark.steps:
         for mode, times in time_modes(benchmark.steps, args.rounds).items():
             modes[mode].update(times)
-    peak = modes['Eval']['peak']
+    peak = modes['Eval'].get('peak')
     show_table(COLUMNS,
                [make_row(*measured, peak) for measured in modes.items()])
     found = dict(
@@ -292,7 +297,7 @@ def main() -> None:
         rounds=args.rounds,
         modes=modes)
     write_json(args.json, found)
-    write_plot(args.plot, found)
+    write_plot(args.plot, 'plot_steps', [found])
 
 
 if __name__ == '__main__':

@@ -10,16 +10,18 @@ import functools
 import math
 import sys
 from collections import Counter
-from typing import Any
 
 import torch
 from shared import (
     add_arguments,
-    quiet_mmengine,
+    get_config,
+    get_model,
+    get_options,
     run,
     show_table,
     stage,
     write_json,
+    write_plot,
 )
 from torch import nn
 
@@ -27,13 +29,9 @@ from mmtune import turn_on
 from mmtune.analysis import BlockScale, block_scales, diagnose
 from mmtune.analysis.scales import POWERS, QUANTILES
 from mmtune.analysis.sources import (
-    build_model,
-    call_for_model,
-    load_config,
     load_fitting,
     optimizer_options,
     read_state_dict,
-    tune_options,
 )
 from mmtune.report import Report
 
@@ -108,38 +106,29 @@ def number(text: str, least: float) -> float:
     return value
 
 
-def get_model(args: argparse.Namespace) -> tuple[nn.Module, dict, dict]:
+def load_model(
+        args: argparse.Namespace) -> tuple[nn.Module, list[str] | None, dict]:
     """Build what the command line asks for, and load its weights.
 
     Args:
         args (argparse.Namespace): The parsed arguments.
 
     Returns:
-        tuple[nn.Module, dict, dict]: The model in train mode, the names
-            of the modules to fold as :func:`mmtune.turn_on` takes them, and
-            the arguments of the config's optimizer.
+        tuple[nn.Module, list[str] | None, dict]: The model in train mode,
+            the names of the modules to fold as :func:`mmtune.turn_on` takes
+            them, and the arguments of the config's optimizer.
     """
-    options: dict[str, Any] = {}
-    trained_with: dict[str, Any] = {}
-    checkpoint = args.source
-    if args.model:
-        model = call_for_model(args.model)
-    else:
-        quiet_mmengine()
-        config = load_config(args.config)
-        trained_with = optimizer_options(config)
-        options = tune_options(config)
-        options.pop('norm_eval', None)
-        checkpoint = checkpoint or config.get('load_from')
-        model = build_model(config, pretrained=checkpoint is None)
+    config = get_config(args)
+    trained_with = {} if config is None else optimizer_options(config)
+    checkpoint = args.source or (config and config.get('load_from'))
+    model = get_model(args, config, pretrained=not checkpoint)
     if checkpoint:
         state_dict = read_state_dict(checkpoint)
         loaded = load_fitting(model, state_dict)
         print(f'{loaded} of the {len(state_dict)} tensors in {checkpoint} '
               f'fit the model, which has {len(model.state_dict())}')
-    if args.modules:
-        options['modules'] = args.modules
-    return model, options, trained_with
+    options = get_options(args, config)
+    return model, options.get('modules'), trained_with
 
 
 def choose_optimizer(args: argparse.Namespace, trained_with: dict) -> None:
@@ -208,21 +197,22 @@ def make_row(name: str, found: dict, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def find_scales(model: nn.Module,
-                options: dict) -> tuple[list[BlockScale], Report]:
+def find_scales(
+        model: nn.Module,
+        modules: list[str] | None) -> tuple[list[BlockScale], Report]:
     """Compute the scales of the blocks that Deploy mode folds.
 
     Args:
         model (nn.Module): The model; is in Deploy mode afterwards.
-        options (dict): Arguments for :func:`mmtune.turn_on`.
+        modules (list[str], optional): For :func:`mmtune.turn_on`.
 
     Returns:
         tuple[list[BlockScale], Report]: The scales, and the report of
             Deploy mode.
     """
     # Deploy folds for good, and fewer blocks than Tune.
-    scales = block_scales(model, turn_on(model, 'Tune', **options))
-    report = turn_on(model, 'Deploy', **options)
+    scales = block_scales(model, turn_on(model, 'Tune', modules))
+    report = turn_on(model, 'Deploy', modules)
     folded = {row.bn for row in report.rewritten}
     return [block for block in scales if block.bn in folded], report
 
@@ -301,10 +291,10 @@ def verdict(names: list[str], found: list[dict], total: dict,
 def main() -> None:
     args = parse_args()
     with stage('Build the model and load its weights'):
-        model, options, trained_with = get_model(args)
+        model, modules, trained_with = load_model(args)
     choose_optimizer(args, trained_with)
     with stage('Look for blocks'):
-        scales, report = find_scales(model, options)
+        scales, report = find_scales(model, modules)
     used = [block for block in scales if not block.reason]
     unused = Counter(block.reason for block in scales if block.reason)
     if not used:
@@ -332,7 +322,7 @@ def main() -> None:
         args.json,
         dict(
             source=args.source or args.config or args.model,
-            options=options,
+            modules=modules,
             optimizer=args.optimizer,
             lr=args.lr,
             factor=args.factor,
@@ -346,12 +336,8 @@ def main() -> None:
                     gamma_learns=block.gamma_learns,
                     **found) for block, found in zip(used, blocks)
             ]))
-    if args.plot:
-        from mmtune.analysis.plots import plot_scales
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_scales([found['coeff'] for found in blocks], args.factor,
-                    args.optimizer, args.plot)
-        print(f'Wrote {args.plot}')
+    write_plot(args.plot, 'plot_scales', [found['coeff'] for found in blocks],
+               args.factor, args.optimizer)
 
 
 if __name__ == '__main__':

@@ -40,6 +40,9 @@ NOT_COUNTED = {
     'cuda': 'As the allocator of this GPU gave it; not counted: the context, '
     'and what the allocator cannot reuse (fragmentation).'
 }
+OF_A_RUN = ('Nor counted: what a run has besides, such as the buckets of '
+            'distributed training, as large as the gradients, and the copy '
+            'of the model that an EMAHook keeps, as large as the parameters.')
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,15 +64,16 @@ def parse_args() -> argparse.Namespace:
         '--gpu-memory',
         type=read_bytes,
         metavar='24GiB',
-        help='what the step has to fit into (default: the memory of the GPU, '
-        'with --device cuda)')
+        help='what the step has to fit into (default: what is free on the '
+        'GPU, with --device cuda)')
     args = parse_step_args(parser)
     if len({*args.batches}) < max(3, len(args.batches)):
         parser.error('--batches must be three or more different numbers, '
                      'since any two runs are on a line, but got '
                      f'{" ".join(map(str, args.batches))}')
     if args.gpu_memory is None and args.device == 'cuda':
-        args.gpu_memory = torch.cuda.get_device_properties(0).total_memory
+        # What other processes and the context have is not to be had.
+        args.gpu_memory, _ = torch.cuda.mem_get_info()
     return args
 
 
@@ -112,7 +116,7 @@ def measure(mode: str, stock: Stock, args: argparse.Namespace) -> dict:
     for batch in sorted(args.batches):
         with stage(f'{mode}: run a batch of {batch}'):
             workload = stock.workload(batch)
-            step = Step(model, workload, args.grad_to, args.amp)
+            step = Step(model, workload, args.grad_to, stock.amp)
             memory = step.memory()
         runs.append(dict(batch=batch, **asdict(memory), total=memory.total))
     images = workload.images.nbytes // batch
@@ -141,7 +145,7 @@ def estimate(runs: list[dict], args: argparse.Namespace) -> dict:
         dict: ``total`` and ``error`` at that batch, in bytes; the line;
             whether it ``is_affine`` and ``is_steady``; and, where there is a
             limit, whether it ``fits`` (None where that is open) and the
-            ``largest_batch`` that surely does (None where it is not steady).
+            ``largest_batch`` that does (None where it is not steady).
     """
     batches = [run['batch'] for run in runs]
     line = fit_affine(batches, [run['total'] for run in runs])
@@ -172,9 +176,10 @@ def judge(line: AffineMemory, found: dict, args: argparse.Namespace) -> dict:
     Returns:
         dict: ``fits`` and ``largest_batch``.
     """
-    if not found['is_steady']:
-        return dict(fits=None, largest_batch=None)
     over = found['total'] - args.gpu_memory
+    if not found['is_steady']:
+        # The estimate is the least that it may take.
+        return dict(fits=False if over > 0 else None, largest_batch=None)
     return dict(
         fits=over <= 0 if abs(over) >= found['error'] else None,
         largest_batch=line.largest_batch(args.gpu_memory))
@@ -267,7 +272,7 @@ def main() -> None:
     }
     for mode, found in estimated.items():
         warn(mode, found, args)
-    print(NOT_COUNTED[args.device])
+    print(NOT_COUNTED[args.device], OF_A_RUN)
     if args.gpu_memory:
         for mode, found in estimated.items():
             print(verdict(mode, found, args))
@@ -280,7 +285,7 @@ def main() -> None:
         gpu_memory=args.gpu_memory,
         modes=modes)
     write_json(args.json, found)
-    write_plot(args.plot, found)
+    write_plot(args.plot, 'plot_steps', [found])
 
 
 if __name__ == '__main__':

@@ -1,30 +1,30 @@
 """Show which Conv+BN blocks of a model Tune mode rewrites, and how they run.
 
-Takes a config, or a PyTorch model with --model. Reads no data and loads no
-weights. A block in Tune mode whose BatchNorm is in train mode runs as stock.
+Takes a config, whose mode is shown, or a PyTorch model with --model. Reads no
+data and loads no weights. A block in Tune mode whose BatchNorm is in train
+mode runs as stock.
 """
 import argparse
+import copy
 from collections import Counter
 from dataclasses import asdict
+from typing import Any
 
 from shared import (
     add_arguments,
-    quiet_mmengine,
+    get_config,
+    get_model,
+    get_options,
     run,
     show_table,
     stage,
     write_json,
+    write_plot,
 )
 from torch import nn
 
 from mmtune import turn_on
 from mmtune.analysis import Block, TensorInfo, list_blocks
-from mmtune.analysis.sources import (
-    build_model,
-    call_for_model,
-    load_config,
-    tune_options,
-)
 from mmtune.api import make_report, select
 from mmtune.matching import find_pairs
 from mmtune.report import Report
@@ -48,50 +48,55 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def get_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """Build what the command line asks for.
-
-    Args:
-        args (argparse.Namespace): The parsed arguments.
-
-    Returns:
-        tuple[nn.Module, dict]: The model in train mode, and the arguments
-            for :func:`mmtune.turn_on`.
-    """
-    options = {}
-    if args.model:
-        model = call_for_model(args.model)
-    else:
-        quiet_mmengine()
-        config = load_config(args.config)
-        options = tune_options(config)
-        model = build_model(config)
-    if args.modules:
-        options['modules'] = args.modules
-    return model, options
-
-
-def find_blocks(model: nn.Module, options: dict) -> Report:
-    """Turn Tune mode on; where there is no block for it, say what there is.
+def find_blocks(model: nn.Module, options: dict) -> tuple[Report, list[Block]]:
+    """Turn the mode on; where there is no block for it, say what there is.
 
     Args:
         model (nn.Module): The model.
         options (dict): Arguments for :func:`mmtune.turn_on`.
 
     Returns:
-        Report: With the rows that are left out, where all are.
+        tuple[Report, list[Block]]: With the rows that are left out, where
+            all are.
 
     Raises:
         ValueError: For wrong options.
     """
+    # What Deploy folds has no tensors of its own left to show.
+    deploys = options['mode'].lower() == 'deploy'
     try:
-        return turn_on(model, 'Tune', **options)
+        report = turn_on(copy.deepcopy(model) if deploys else model, **options)
     except ValueError as error:
         matches = find_pairs(model, select(model, options.get('modules')))
         if matches.pairs:
             raise
         print(error)
-        return make_report(model, 'Tune', matches)
+        report = make_report(model, 'Tune', matches)
+    return report, list_blocks(model, report)
+
+
+def choose_options(args: argparse.Namespace, config: Any) -> dict:
+    """Tell what to turn on, and say where a run would differ.
+
+    Args:
+        args (argparse.Namespace): The parsed arguments.
+        config (Config | None): The config.
+
+    Returns:
+        dict: Arguments for :func:`mmtune.turn_on`.
+    """
+    options = get_options(args, config)
+    if config is not None and 'mode' not in options:
+        print('Nothing in this config turns Tune mode on; with '
+              "default_hooks=dict(tune_mode=dict(type='mmtune.TuneModeHook')) "
+              'it would be this:')
+    options.setdefault('mode', 'Tune')
+    begin = options.pop('begin', None)
+    if begin is not None:
+        options['norm_eval'] = True
+        print(f'This is how it is from epoch {begin} on; before, BatchNorms '
+              'are as the config has them:')
+    return options
 
 
 def tensors_of(block: Block) -> dict[str, TensorInfo]:
@@ -154,10 +159,11 @@ def make_row(block: Block) -> list:
 def main() -> None:
     args = parse_args()
     with stage('Build the model'):
-        model, options = get_model(args)
+        config = get_config(args)
+        model = get_model(args, config)
+    options = choose_options(args, config)
     with stage('Look for blocks'):
-        report = find_blocks(model, options)
-        blocks = list_blocks(model, report)
+        report, blocks = find_blocks(model, options)
     totals = count(blocks)
     show_table(COLUMNS, [make_row(block) for block in blocks])
     print(f'{report.summary()}. Blocks where something learns (*): '
@@ -170,11 +176,7 @@ def main() -> None:
             totals=totals,
             blocks=[dict(asdict(block), runs=block.runs)
                     for block in blocks]))
-    if args.plot:
-        from mmtune.analysis.plots import plot_blocks
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_blocks(blocks, args.plot)
-        print(f'Wrote {args.plot}')
+    write_plot(args.plot, 'plot_blocks', blocks)
 
 
 if __name__ == '__main__':

@@ -7,9 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from shared import picture_file, run
-
-from mmtune.analysis.plots import plot_steps
+from shared import picture_file, run, write_plot
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,9 +32,7 @@ def main() -> None:
         except json.JSONDecodeError as error:
             raise ValueError(f'{path} must be JSON, but has at line '
                              f'{error.lineno}: {error.msg}') from error
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot_steps(results, args.out)
-    print(f'Wrote {args.out}')
+    write_plot(args.out, 'plot_steps', results)
 
 
 if __name__ == '__main__':

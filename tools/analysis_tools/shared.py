@@ -13,16 +13,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmtune.analysis.machine import describe_machine
 from mmtune.analysis.modes import MODES, put_in_mode, randomize_new_norms
 from mmtune.analysis.sources import (
     build_model,
     call_for_model,
     load_config,
+    trains_with_amp,
     tune_options,
 )
 from mmtune.analysis.steps import GRADIENTS
@@ -33,6 +36,9 @@ from mmtune.analysis.workloads import (
 )
 from mmtune.api import select
 from mmtune.report import Report
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 PICTURES = ('.png', '.pdf', '.svg')
 
@@ -162,10 +168,11 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         help='of the images, in pixels (default: 800 1344)')
     parser.add_argument(
         '--amp',
-        action='store_true',
-        help='run under autocast: in float16 on a GPU, on a CPU in bfloat16, '
-        'which is as large; but a GPU runs normalizations other than '
-        'BatchNorm, softmax and sums in float32, which takes more')
+        action=argparse.BooleanOptionalAction,
+        help='run under autocast, or not (default: as the config trains): in '
+        'float16 on a GPU, on a CPU in bfloat16, which is as large; but a GPU '
+        'runs normalizations other than BatchNorm, softmax and sums in '
+        'float32, which takes more')
     parser.add_argument(
         '--grad-to',
         choices=GRADIENTS,
@@ -225,6 +232,7 @@ class Stock:
         model (nn.Module): In train mode, on its device.
         modules (list[str], optional): The submodules that it is about.
         norm_eval (bool): Whether a run holds their BatchNorms in eval mode.
+        amp (bool): Whether steps run under autocast.
         workload (Callable[[int], Workload]): Makes a workload of so many
             images.
     """
@@ -232,6 +240,7 @@ class Stock:
     model: nn.Module
     modules: list[str] | None
     norm_eval: bool
+    amp: bool
     workload: Callable[[int], Workload]
 
     def in_mode(self, mode: str) -> tuple[nn.Module, Report | None]:
@@ -259,26 +268,74 @@ def get_stock(args: argparse.Namespace) -> Stock:
     """
     torch.manual_seed(0)
     shape = tuple(args.shape)
-    options = {}
-    if args.model:
-        model = call_for_model(args.model)
-    else:
-        quiet_mmengine()
-        config = load_config(args.config)
-        model = build_model(config)
-        options = tune_options(config)
-    modules = args.modules or options.get('modules')
+    config = get_config(args)
+    model = get_model(args, config)
+    options = get_options(args, config)
+    amp = args.amp
+    if amp is None:
+        amp = config is not None and trains_with_amp(config)
+    modules = options.get('modules')
     if isinstance(modules, str):
         modules = [modules]
     randomize_new_norms(model)
     model.to(args.device)
 
     def workload(batch_size: int) -> Workload:
-        if args.model:
+        if config is None:
             return image_workload(shape, batch_size, args.device)
         return detection_workload(config, model, shape, batch_size)
 
-    return Stock(model, modules, bool(options.get('norm_eval')), workload)
+    return Stock(model, modules, bool(options.get('norm_eval')), amp, workload)
+
+
+def get_config(args: argparse.Namespace) -> 'Config | None':
+    """Read the config that the command line names.
+
+    Args:
+        args (argparse.Namespace): With ``config`` or ``model``.
+
+    Returns:
+        Config | None: None where it names a callable.
+    """
+    if args.model:
+        return None
+    quiet_mmengine()
+    return load_config(args.config)
+
+
+def get_model(args: argparse.Namespace,
+              config: 'Config | None',
+              pretrained: bool = False) -> nn.Module:
+    """Build the model that the command line names.
+
+    Args:
+        args (argparse.Namespace): With ``config`` or ``model``.
+        config (Config | None): From :func:`get_config`.
+        pretrained (bool): Whether to load the weights that a config names.
+
+    Returns:
+        nn.Module: Stock, on the CPU, in train mode.
+    """
+    if config is None:
+        return call_for_model(args.model)
+    return build_model(config, pretrained)
+
+
+def get_options(args: argparse.Namespace,
+                config: 'Config | None') -> dict[str, Any]:
+    """Tell what a run would turn on.
+
+    Args:
+        args (argparse.Namespace): Its ``modules`` win.
+        config (Config | None): From :func:`get_config`.
+
+    Returns:
+        dict[str, Any]: See :func:`mmtune.analysis.sources.tune_options`.
+    """
+    options = {} if config is None else tune_options(config)
+    if args.modules:
+        options['modules'] = args.modules
+    return options
 
 
 def say_what_trains(stock: Stock) -> None:
@@ -314,14 +371,16 @@ def measure_modes(modes: Sequence[str],
             ``MODES``. Of a mode that raised, ``failed`` says what.
 
     Raises:
-        Exception: Whatever Eval, which is stock, raises.
+        Exception: Whatever Eval, which is stock, raises, but for a lack of
+            memory, which another mode may do without.
     """
     found = {}
     for mode in ['Eval', *(mode for mode in modes if mode != 'Eval')]:
         try:
             found[mode] = measure(mode)
         except Exception as error:
-            if mode == 'Eval':
+            if mode == 'Eval' and not isinstance(error,
+                                                 torch.OutOfMemoryError):
                 raise
             message = str(error).strip().partition('\n')[0]
             found[mode] = dict(failed=f'{type(error).__name__}: {message}')
@@ -339,18 +398,14 @@ def describe(args: argparse.Namespace, stock: Stock) -> dict:
     Returns:
         dict: Plain data.
     """
-    name = args.device
-    if name == 'cuda':
-        name = torch.cuda.get_device_name()
     return dict(
         source=args.config or args.model,
         modules=stock.modules,
         shape=args.shape,
-        amp=args.amp,
+        amp=stock.amp,
         grad_to=args.grad_to,
-        device=name,
         threads=torch.get_num_threads(),
-        torch=torch.__version__)
+        **describe_machine(args.device))
 
 
 def quiet_mmengine() -> None:
@@ -394,18 +449,20 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence]) -> None:
     Console(width=250).print(table)
 
 
-def write_plot(path: Path | None, found: dict) -> None:
+def write_plot(path: Path | None, name: str, *found: object) -> None:
     """Draw what a tool has found, where a picture was asked for.
 
     Args:
         path (Path, optional): Its folder is made where there is none.
-        found (dict): What :func:`mmtune.analysis.plots.plot_steps` takes.
+        name (str): Of the function of :mod:`mmtune.analysis.plots` to draw
+            by, which needs matplotlib.
+        *found: What it takes before the path.
     """
     if path is None:
         return
-    from mmtune.analysis.plots import plot_steps
+    from mmtune.analysis import plots
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_steps([found], path)
+    getattr(plots, name)(*found, path)
     print(f'Wrote {path}')
 
 
