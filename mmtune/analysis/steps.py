@@ -155,22 +155,20 @@ class Step:
         """
         scale = LOSS_SCALE if self.dtype == torch.float16 else 1
         while True:
-            loss, gradients = self._scaled_gradients(scale)
+            loss, gradients = self._gradients_by(scale)
             if scale == 1 or all(
                     value.isfinite().all() for value in gradients.values()):
-                break
+                return loss, gradients
             scale //= 2
-        return loss, {
-            name: value / scale
-            for name, value in gradients.items()
-        }
 
-    def _scaled_gradients(self, scale: int) -> tuple[float, dict[str, Tensor]]:
+    def _gradients_by(self, scale: int) -> tuple[float, dict[str, Tensor]]:
+        """Run forward and backward, the latter with the loss scaled."""
         with self._kernels():
             loss = self.loss()
             (loss * scale).backward()
         gradients = {
-            name: leaf.grad
+            # In place: a second copy of all gradients may not fit.
+            name: leaf.grad.div_(scale)
             for name, leaf in self.leaves.items() if leaf.grad is not None
         }
         for leaf in self.leaves.values():

@@ -1,4 +1,6 @@
 """What a step computes, and what it takes."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -131,11 +133,9 @@ def test_gradients_by_hand():
 def test_gradients_in_float16_neither_vanish_nor_overflow(size):
     """As on a GPU; without a scaled loss those of 1e-5 would all be 0."""
     workload = image_workload((16, 16), 2)
-    workload = Workload(workload.images,
-                        lambda *args: size * workload_loss(*args),
-                        workload.updater)
-    workload_loss = image_workload((16, 16), 2).loss
-    step = Step(conv_bns(torch.float32).eval(), workload)
+    step = Step(
+        conv_bns(torch.float32).eval(),
+        replace(workload, loss=lambda *args: size * workload.loss(*args)))
     loss, exact = step.gradients()
     step.dtype = torch.float16
     half_loss, half = step.gradients()

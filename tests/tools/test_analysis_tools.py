@@ -28,6 +28,14 @@ RTMDET = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
 DETECTORS = 'mmdet::detectors/detectors_cascade-rcnn_r50_1x_coco.py'
 
 
+def load_tool(name):
+    """Import a tool, which looks for its neighbours on the path."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Run a tool in an empty folder; returns its JSON and what it printed."""
@@ -35,14 +43,11 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(name, *arguments):
-        path = TOOLS / f'{name}.py'
-        command = [path.name, *arguments, '--json', 'out/found.json']
+        command = [f'{name}.py', *arguments, '--json', 'out/found.json']
         if name in ('benchmark_modes', 'estimate_memory'):
             command += ['--device', 'cpu']
         monkeypatch.setattr(sys, 'argv', list(map(str, command)))
-        spec = importlib.util.spec_from_file_location(name, path)
-        tool = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tool)
+        tool = load_tool(name)
         tool.run(tool.main)
         return (json.loads(Path('out/found.json').read_text()),
                 capsys.readouterr().out)
@@ -771,10 +776,7 @@ AFFINE = [(1, 30), (2, 50), (3, 70)]
 def test_what_is_said_of_an_estimate(run, capsys, tmp_path, totals, kept,
                                      small, limit, fits, says):
     """Bytes in MiB at batches of 1 to 3, which grow by 20 an image."""
-    spec = importlib.util.spec_from_file_location(
-        'estimate_memory', TOOLS / 'estimate_memory.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('estimate_memory')
     args = SimpleNamespace(
         batch_size=16, batches=[1, 2, 3], gpu_memory=limit * 2**20)
     found = tool.estimate(
@@ -795,10 +797,7 @@ def test_what_is_said_of_an_estimate(run, capsys, tmp_path, totals, kept,
 
 def plot(run, monkeypatch, *arguments):
     """Run plot_modes.py, which writes no JSON."""
-    spec = importlib.util.spec_from_file_location('plot_modes',
-                                                  TOOLS / 'plot_modes.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('plot_modes')
     monkeypatch.setattr(sys, 'argv', ['plot_modes.py', *arguments])
     tool.run(tool.main)
 

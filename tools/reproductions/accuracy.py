@@ -463,16 +463,17 @@ def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
         if not {mode, other} <= by_mode.keys():
             continue
         mean, interval = compare(by_mode, mode, other)
-        texts.append(f'**{mode}** against {other}: '
-                     f'{difference_text(mean, interval)} mAP, '
-                     f'{difference_verdict(interval)}. {claim}')
+        text = (f'**{mode}** against {other}: '
+                f'{difference_text(mean, interval)} mAP, '
+                f'{difference_verdict(interval)}. {claim}')
         reached = [statistics.mean(run['mAP'] for run in by_mode[name])
                    for name in (mode, other)]
         if max(reached) < LEARNS_NOTHING:
-            texts[-1] += (
+            text += (
                 f' Neither learns to detect in these iterations (mAP '
                 f'{reached[0]:.3f} and {reached[1]:.3f}), so that this does '
                 'not test it; [scratch.md](scratch.md) does, on digits.')
+        texts.append(text)
     return texts
 
 

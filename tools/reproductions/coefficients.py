@@ -68,10 +68,11 @@ def answer(found: dict) -> str:
         f'{row["share"]:.0%} with {optimizer} ({row["lr"]:.2g} times)'
         for optimizer, row in best.items())
     none = all(row['share'] < 1 for row in best.values())
+    factor = f'{found["factor"]:g}'
     return (('No learning rate suits all channels. ' if none else '')
-            + f"At the best one between 1/{found['factor']:g} and "
-            f"{found['factor']:g} times Tune's, a step of Deploy is within "
-            f'{found["factor"]:g} times that of Tune in {shares}.')
+            + f"At the best one between 1/{factor} and {factor} times Tune's, "
+            f'a step of Deploy is within {factor} times that of Tune in '
+            f'{shares}.')
 
 
 def page(found: dict) -> str:

@@ -877,17 +877,17 @@ def conclusion(found: dict[str, Any], rows: Sequence[dict[str, Any]],
              if learned and inside == learned else
              'But not even where nothing but weights learns do they bound '
              f'where it fails ({inside} of {learned} checkpoints). ')
-    for times, group in by_times(rows).items():
+    groups = by_times(rows)
+    for times, group in groups.items():
         kind = ('as pretraining left them' if times == 1 else
                 f'multiplied by {times:g}')
         text += (f'With scales {kind}, and everything learning, Deploy fails '
                  f'at a lower learning rate than Tune in '
                  f'{sum(map(fails_first, group))} of {len(group)} seeds. ')
-    stock = by_times(rows).get(1.)
-    if stock:
-        text += judge_stock(stock, [
-            group for times, group in by_times(rows).items() if times < 1
-        ])
+    if 1. in groups:
+        text += judge_stock(
+            groups[1.],
+            [group for times, group in groups.items() if times < 1])
     return text + ('What it comes to in a transfer run, with AdamW and scales '
                    'mostly above 1, is on the page '
                    '[Accuracy on the trees](accuracy.md).')
