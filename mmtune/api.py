@@ -7,23 +7,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mmtune.attach import has_hooks
 from mmtune.behaviours import (
-    BUFFERS,
-    BlockScope,
-    Deferral,
-    DeferringConv,
-    FoldingNorm,
-    HeldNorm,
-    NormState,
+    BlockState,
     Pair,
-    put_buffers,
-)
-from mmtune.class_swap import (
-    add_behaviour,
-    behaviour_of,
-    remove_behaviour,
-    stock_type,
-    type_with,
+    attach_block,
+    attach_conv,
+    attach_norm,
+    hold_norms,
+    release,
 )
 from mmtune.functional import fold, norm_coefficients
 from mmtune.kinds import ConvKind, conv_kind, norm_kind
@@ -114,13 +106,12 @@ def turn_on(model: nn.Module,
     if mode == 'Deploy':
         matches = _fit_for_good(model, matches)
     _check_not_empty(mode, roots, matches)
-    _check_types(model, mode, matches)
 
     for root in roots:
         _release(root)
     if hold is not None:
-        for norm in {m: None for root in roots for m in norms_of(root)}:
-            _hold(norm, hold)
+        for root in roots:
+            hold_norms(root, norms_of(root), hold)
     if mode == 'Tune':
         _tune(model, matches)
     elif mode == 'Deploy':
@@ -160,8 +151,8 @@ def keep_folds(model: nn.Module) -> Iterator[None]:
         model (nn.Module): After :func:`turn_on`.
     """
     states = [
-        module._tune_state for module in model.modules()
-        if behaviour_of(module) is FoldingNorm
+        vars(module)[name] for module in model.modules()
+        for name in ('_tune_conv', '_tune_norm') if name in vars(module)
     ]
     before = [state.keeps_fold for state in states]
     for state in states:
@@ -182,20 +173,19 @@ def latest_runs(model: nn.Module) -> dict[str, str]:
     Returns:
         dict[str, str]: By the name of the BatchNorm: ``'fused'``,
         ``'stock'``, ``'small'`` (stock, since that is cheaper for maps so
-        small), ``'train mode'`` (stock, with the statistics of the batch) or
-        ``'not run'``.
+        small), ``'train mode'`` (stock, with the statistics of the batch),
+        ``'replaced'`` (stock, since one of its layers is another than the one
+        that was turned on) or ``'not run'``.
     """
-    return {
-        name: _latest_run(module._tune_state)
-        for name, module in model.named_modules()
-        if behaviour_of(module) is FoldingNorm
-    }
-
-
-def _latest_run(state: NormState) -> str:
-    if state.ran == 'stock' and any(d.small for d in state.deferrals):
-        return 'small'
-    return state.ran or 'not run'
+    runs: dict[str, str] = {}
+    replaced: set[str] = set()
+    for name, module in model.named_modules():
+        if '_tune_norm' in vars(module):
+            runs[name] = module._tune_norm.latest_run()
+        if '_tune_block' in vars(module):
+            replaced.update('.'.join((name, *path)).lstrip('.')
+                            for path in module._tune_block.replaced(module))
+    return runs | dict.fromkeys(sorted(replaced), 'replaced')
 
 
 # --------------------------------------------------------------------------
@@ -291,8 +281,8 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
     if mode in ('Train', 'Eval') and matches.left_out:
         return
     found = Counter(
-        stock_type(m).__name__ for root in roots for m in root.modules()
-        if 'Norm' in stock_type(m).__name__)
+        type(m).__name__ for root in roots for m in root.modules()
+        if 'Norm' in type(m).__name__)
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
@@ -300,16 +290,6 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
-
-
-def _check_types(model: nn.Module, mode: str, matches: Matches) -> None:
-    """Make the classes that will be needed: a base may not allow it."""
-    if mode == 'Tune':
-        for match in matches.pairs:
-            for name, behaviour in ((match.block, BlockScope),
-                                    (match.conv, DeferringConv),
-                                    (match.norm, FoldingNorm)):
-                type_with(model.get_submodule(name), behaviour)
 
 
 def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
@@ -328,19 +308,21 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             p for m in (conv, norm) for p in m._parameters.values()
             if p is not None
         ]
-        if (match.conv, match.norm) not in sole:
+        if match.stock:
+            reason = match.stock
+        elif (match.conv, match.norm) not in sole:
             reason = 'Deploy needs a pair that is called once on every way'
         elif 'weight' not in conv._parameters:
             reason = 'Deploy needs a weight that is a plain parameter'
         elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
             reason = 'Deploy needs layers that are initialized'
         elif _kind(conv).weight(conv) is not conv.weight:
-            reason = f'{stock_type(conv).__name__} makes a weight of its own'
+            reason = f'{type(conv).__name__} makes a weight of its own'
         elif 'bias' not in conv._parameters:
-            reason = f'{stock_type(conv).__name__} takes no bias'
+            reason = f'{type(conv).__name__} takes no bias'
         elif any(owners[id(p)] > 1 for p in parameters):
             reason = 'Deploy needs parameters that no other module shares'
-        elif _has_hooks(conv) or _has_hooks(norm):
+        elif has_hooks(conv) or has_hooks(norm):
             reason = 'Deploy would run past the hooks of the pair'
         else:
             pairs.append(match)
@@ -350,14 +332,9 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
 
 
 def _kind(conv: nn.Module) -> ConvKind:
-    kind = conv_kind(stock_type(conv))
+    kind = conv_kind(type(conv))
     assert kind is not None, 'a match has a known convolution'
     return kind
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks
-                or module._backward_hooks or module._backward_pre_hooks)
 
 
 # --------------------------------------------------------------------------
@@ -367,68 +344,34 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _release(root: nn.Module) -> None:
     for module in root.modules():
-        behaviour = behaviour_of(module)
-        if behaviour is None:
-            continue
-        if behaviour is DeferringConv:
-            for name in BUFFERS:
-                module._buffers.pop(name, None)
-                module._non_persistent_buffers_set.discard(name)
-        if behaviour is BlockScope and '_tune_own_option' in vars(module):
+        if '_tune_own_option' in vars(module):
             vars(module)[OWN_OPTION] = module._tune_own_option
-        asked = None
-        if issubclass(behaviour, HeldNorm):
-            asked = module._tune_state.asked
-        remove_behaviour(module)
-        if asked is not None:
-            module.train(asked)
-
-
-def _hold(norm: nn.Module, training: bool) -> None:
-    state = NormState(asked=norm.training, hold=training)
-    add_behaviour(norm, HeldNorm, _tune_state=state)
-    norm.train(state.asked)
+        release(module)
 
 
 def _tune(model: nn.Module, matches: Matches) -> None:
-    scopes: dict[nn.Module, list[Pair]] = {}
+    states: dict[nn.Module, BlockState] = {}
     for match in matches.pairs:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        if behaviour_of(conv) is None:
-            _defer(match.conv, conv, norm)
-        state = vars(norm).get('_tune_state') or NormState(norm.training)
-        state.kind = norm_kind(norm, stock_type(norm))
-        state.deferrals.append(conv._tune_deferral)
-        add_behaviour(norm, FoldingNorm, _tune_state=state)
-        scopes.setdefault(block, []).append(
-            Pair(conv, norm, tuple(match.conv_path.split('.')),
-                 tuple(match.norm_path.split('.'))))
-    for block, pairs in scopes.items():
-        own_option = vars(block).get(OWN_OPTION)
-        add_behaviour(block, BlockScope, _tune_pairs=tuple(pairs))
-        if own_option is not None:
+        kind = norm_kind(norm, type(norm))
+        assert kind is not None, 'a match has a known normalization'
+        if block not in states:
+            states[block] = BlockState(block)
+        states[block].pairs.append(
+            Pair(
+                attach_conv(match.conv, conv, norm, kind),
+                attach_norm(match.norm, norm, kind),
+                tuple(match.conv_path.split('.')),
+                tuple(match.norm_path.split('.'))))
+    for block, state in states.items():
+        attach_block(block, state)
+        if vars(block).get(OWN_OPTION) is not None:
             vars(block).update({
-                OWN_OPTION: None,
-                '_tune_own_option': own_option
+                '_tune_own_option': vars(block)[OWN_OPTION],
+                OWN_OPTION: None
             })
-
-
-def _defer(name: str, conv: nn.Module, norm: nn.Module) -> None:
-    kind = _kind(conv)
-    # Layers that are not initialized yet get their buffers with the first
-    # fold.
-    if not is_lazy(norm.running_mean) and 0 not in kind.shape(conv):
-        rstd, bias_delta = norm_coefficients(norm.running_mean,
-                                             norm.running_var, norm.eps)
-        weight_coeff = rstd.view(kind.coeff_shape(conv, kind.shape(conv)))
-        put_buffers(conv, weight_coeff.to(norm.running_var.dtype),
-                    bias_delta.to(norm.running_mean.dtype))
-    add_behaviour(
-        conv,
-        DeferringConv,
-        _tune_deferral=Deferral(name, kind, conv))
 
 
 @torch.no_grad()
@@ -469,8 +412,12 @@ def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
         Report: See :func:`turn_on`.
     """
     # A pair may be called by several blocks.
-    pairs = dict.fromkeys((match.conv, match.norm) for match in matches.pairs)
-    rows = [Row(conv, norm, mode) for conv, norm in pairs]
+    pairs = {(match.conv, match.norm): match.stock for match in matches.pairs}
+    rows = [
+        Row(conv, norm, 'stock', reason)
+        if reason and mode == 'Tune' else Row(conv, norm, mode)
+        for (conv, norm), reason in pairs.items()
+    ]
     held = mode in ('Train', 'Eval')
     rows += [
         Row(left.conv, left.norm, mode if held else 'stock',
@@ -479,6 +426,6 @@ def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
     in_train_mode = 0
     if mode == 'Tune':
         norms = [model.get_submodule(norm) for _, norm in pairs]
-        in_train_mode = sum(not norm._tune_state.kind.is_fixed(norm)
+        in_train_mode = sum(not norm._tune_norm.kind.is_fixed(norm)
                             for norm in norms)
     return Report(mode, rows, in_train_mode)

@@ -1,34 +1,48 @@
 """What modules do differently: a block, its convolution, its normalization.
 
-Three behaviours are given to modules that already exist, by swapping their
-class for one that puts a mixin before the stock class:
+Each hangs on the instance (see :mod:`mmtune.attach`), so that the classes of
+a model stay what they were:
 
-- :class:`BlockScope`, the module whose forward calls the pair: inside that
-  forward, and nowhere else, the pair's convolution may wait;
-- :class:`DeferringConv`: returns a :class:`~mmtune.deferred.DeferredConv`, a
-  promise that holds the module and its input;
-- :class:`FoldingNorm`: given a promise while its statistics are fixed, it
-  runs the block as one convolution.
+- a block, the module whose forward calls the pair, notes while it runs that
+  inside of it, and nowhere else, the pair's convolution may wait;
+- the convolution returns a :class:`~mmtune.deferred.DeferredConv`, a promise
+  that holds the module and its input;
+- the normalization, given a promise while its statistics are fixed, runs the
+  block as one convolution.
 
-Anything else that touches a promise makes it run the plain convolution, so
-that the result is the stock one whatever the control flow.
+A pre-hook of the convolution or the normalization does the work, and the
+forward on the instance lets the result through. Anything else that touches a
+promise makes it run the plain convolution, so that the result is the stock
+one whatever the control flow.
 """
-import functools
+import inspect
 import math
+import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
+from mmtune.attach import (
+    Hook,
+    Override,
+    attach,
+    detach,
+)
 from mmtune.deferred import (
-    DeferredConv,
+    defer,
     fingerprint,
     inside_autograd_function,
+    is_deferred,
     settle,
 )
 from mmtune.functional import (
@@ -38,11 +52,11 @@ from mmtune.functional import (
     norm_coefficients,
     run_folded,
 )
-from mmtune.kinds import ConvKind
+from mmtune.kinds import ConvKind, NormKind, conv_kind, methods_of, patched
 
 __all__ = [
-    'BUFFERS', 'BlockScope', 'Deferral', 'DeferringConv', 'FoldingNorm',
-    'HeldNorm', 'NormState', 'Pair', 'put_buffers'
+    'BUFFERS', 'BlockState', 'ConvState', 'NormState', 'Pair', 'attach_block',
+    'attach_conv', 'attach_norm', 'hold_norms', 'release'
 ]
 
 BUFFERS = ('weight_coeff', 'bias_delta')
@@ -61,6 +75,9 @@ SMALL_SHARE = 1 / 8
 HALF_MARGIN = 16
 HALF_CHECK_INTERVAL = 64
 
+# By which a pre-hook hands its result to the forward on the instance.
+PASSED = '_tune_passed'
+
 
 def _inside_backward() -> bool:
     if torch.compiler.is_compiling():
@@ -74,36 +91,10 @@ def _inside_transform() -> bool:
         return False
     return (torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or torch._C._get_tracing_state() is not None)
-
-
-class Pair(NamedTuple):
-    """A convolution and the normalization that follows it in one forward.
-
-    Attributes:
-        conv (nn.Module): The convolution.
-        norm (nn.Module): The normalization.
-        conv_path (tuple[str]): Where the block has the convolution.
-        norm_path (tuple[str]): Where the block has the normalization.
-    """
-
-    conv: nn.Module
-    norm: nn.Module
-    conv_path: tuple[str, ...]
-    norm_path: tuple[str, ...]
-
-    def may_defer(self, block: nn.Module) -> bool:
-        """Whether the norm can fold, and no hook sees what goes to it."""
-        conv, norm = self.conv, self.norm
-        # Else one of the two was replaced, wrapped or turned off.
-        return (_at(block, self.conv_path) is conv
-                and _at(block, self.norm_path) is norm
-                and '_tune_state' in vars(norm)
-                and norm._tune_state.kind.is_fixed(norm)
-                and not (conv._forward_hooks or conv._backward_hooks
-                         or conv._backward_pre_hooks
-                         or norm._forward_pre_hooks or norm._backward_hooks
-                         or _has_any_global_hook()))
+            or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_function_stack() > 0
+            and not all(isinstance(mode, DeviceContext)
+                        for mode in _get_current_function_mode_stack()))
 
 
 def _at(module: Any, path: tuple[str, ...]) -> Any:
@@ -111,6 +102,84 @@ def _at(module: Any, path: tuple[str, ...]) -> Any:
         if module is not None:
             module = module._modules.get(name)
     return module
+
+
+# --------------------------------------------------------------------------
+# The block
+# --------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A convolution and the normalization that follows it in one forward.
+
+    Attributes:
+        conv (ConvState): State of the convolution.
+        norm (NormState): State of the normalization.
+        conv_path (tuple[str]): Where the block has the convolution.
+        norm_path (tuple[str]): Where the block has the normalization.
+    """
+
+    conv: 'ConvState'
+    norm: 'NormState'
+    conv_path: tuple[str, ...]
+    norm_path: tuple[str, ...]
+
+
+class BlockState:
+    """State of a module whose forward calls pairs.
+
+    Attributes:
+        forward (Callable): The forward that was traced.
+        pairs (list[Pair]): What the trace found.
+        told (bool): Whether a warning said that layers were replaced.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.forward = type(block).forward
+        self.pairs: list[Pair] = []
+        self.told = False
+
+    def pairs_in(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The pairs that a block has now, by the modules that it has now."""
+        # Code that the trace did not see could ask for a tensor's type.
+        if 'forward' in vars(block) or type(block).forward != self.forward:
+            return []
+        found = []
+        for pair in self.pairs:
+            conv, norm = _at(block, pair.conv_path), _at(block, pair.norm_path)
+            if (conv is not None and norm is not None
+                    and vars(conv).get('_tune_conv') is pair.conv
+                    and vars(norm).get('_tune_norm') is pair.norm):
+                found.append((conv, norm))
+            elif not self.told:
+                self._tell(pair, conv, norm)
+        return found
+
+    def replaced(self, block: nn.Module) -> list[tuple[str, ...]]:
+        """Paths of the normalizations in whose pairs a layer is another."""
+        return [
+            pair.norm_path for pair in self.pairs
+            if _is_replaced(_at(block, pair.conv_path), pair.conv)
+            or _is_replaced(_at(block, pair.norm_path), pair.norm)
+        ]
+
+    def _tell(self, pair: Pair, conv: Any, norm: Any) -> None:
+        for layer, state in ((conv, pair.conv), (norm, pair.norm)):
+            if _is_replaced(layer, state):
+                self.told = True
+                warnings.warn(
+                    f'{state.name!r} was replaced after mmtune.turn_on by '
+                    f'{type(layer).__name__}, so that its block runs as '
+                    'stock; call turn_on again after the last replacement',
+                    stacklevel=2)
+                return
+
+
+def _is_replaced(layer: Any, state: Any) -> bool:
+    """Whether a layer is another than the one that was turned on."""
+    own = () if layer is None else vars(layer).values()
+    # Turned off, it is the same one still.
+    return state.is_on and not any(value is state for value in own)
 
 
 # By thread, the innermost block that runs now.
@@ -121,34 +190,47 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _handled_error() -> BaseException | None:
+    return None if torch.compiler.is_compiling() else sys.exc_info()[1]
+
+
 class BlockRun:
     """One run of a block's forward, and the promises made in it.
 
     Args:
-        block (nn.Module): A :class:`BlockScope`.
+        block (nn.Module): The block.
+        pairs (list[tuple[nn.Module, nn.Module]]): Its convolutions and
+            normalizations.
         outer (BlockRun, optional): The run that this one is a part of.
     """
 
-    __slots__ = ('block', 'inside_function', 'outer', 'promised', 'promises')
+    __slots__ = ('block', 'error', 'inside_function', 'outer', 'pairs',
+                 'promised', 'promises')
 
-    def __init__(self, block: nn.Module, outer: 'BlockRun | None') -> None:
+    def __init__(self, block: nn.Module, pairs: list,
+                 outer: 'BlockRun | None') -> None:
         self.block = block
+        self.pairs = pairs
         self.outer = outer
+        self.error = _handled_error()
         self.inside_function = inside_autograd_function()
         self.promised = False
         self.promises: list[weakref.ref] = []
 
-    def may_defer(self, conv: nn.Module) -> bool:
-        """Whether a convolution called in this run may wait."""
-        for pair in self.block._tune_pairs:
-            if pair.conv is conv and pair.may_defer(self.block):
-                return True
+    def waits_for(self, conv: nn.Module, x: Any) -> bool:
+        """Whether a convolution called in this run may wait for its norm."""
+        for own, norm in self.pairs:
+            if own is conv:
+                state = norm._tune_norm
+                state.why_stock = why_not_defer(conv, norm, x)
+                if state.why_stock is None:
+                    return True
         return False
 
     def promise(self, name: str, kind: ConvKind, conv: nn.Module,
-                inputs: tuple) -> DeferredConv:
+                inputs: tuple) -> Any:
         """Promise the output of a convolution called in this run."""
-        deferred = DeferredConv(name, conv, kind, inputs)
+        deferred = defer(name, conv, kind, inputs)
         self.promised = True
         if not torch.compiler.is_compiling():
             self.promises.append(weakref.ref(deferred))
@@ -156,6 +238,8 @@ class BlockRun:
 
     def finish(self, output: Any) -> Any:
         """Let no promise outlive the block, wherever it was put."""
+        if not self.promised or _handled_error() is not self.error:
+            return output
         output = settle(output)
         for reference in self.promises:
             deferred = reference()
@@ -164,49 +248,239 @@ class BlockRun:
         return output
 
 
-class Deferral:
-    """State of a :class:`DeferringConv`.
+def _enter(block: nn.Module) -> None:
+    thread, state = _thread(), block._tune_block
+    outer = _RUNS.get(thread)
+    _RUNS[thread] = BlockRun(block, state.pairs_in(block), outer)
+
+
+def _leave(block: nn.Module, output: Any) -> Any:
+    thread = _thread()
+    run = _RUNS.get(thread)
+    # Runs inside of this one that ended without a word, as by Ctrl-C.
+    while run is not None and run.block is not block:
+        run = run.outer
+    if run is None:
+        return output
+    if run.outer is None:
+        del _RUNS[thread]
+    else:
+        _RUNS[thread] = run.outer
+    return run.finish(output)
+
+
+@Hook
+def enter_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a block."""
+    if '_tune_block' in vars(block):
+        _enter(block)
+
+
+@Hook
+def leave_block(block: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a block."""
+    return _leave(block, output)
+
+
+class Entry(Override):
+    """A method by which some run a block in the place of its forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block = self.module
+        run = _RUNS.get(_thread())
+        if run is not None and run.block is block:
+            return self.stock(*args, **kwargs)
+        _enter(block)
+        output = None
+        try:
+            output = self.stock(*args, **kwargs)
+        finally:
+            output = _leave(block, output)
+        return output
+
+
+class Replicate(Override):
+    """Keeps the entries of a block from a replica, whose they are not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        replica = self.stock(*args, **kwargs)
+        for name, value in list(vars(replica).items()):
+            if isinstance(value, (Entry, Replicate)):
+                del vars(replica)[name]
+        return replica
+
+
+def attach_block(block: nn.Module, state: BlockState) -> None:
+    """Make a module note its runs."""
+    overrides: dict[str, type[Override]] = {
+        name: Entry
+        for name in entries_of(type(block)) if name not in vars(block)
+    }
+    if overrides:
+        overrides['_replicate_for_data_parallel'] = Replicate
+    attach(
+        block, enter_block, leave_block, overrides=overrides,
+        _tune_block=state)
+
+
+def entries_of(block_type: type) -> list[str]:
+    """Methods by which a module may be run beside its forward.
+
+    Args:
+        block_type (type): Class of the module.
+
+    Returns:
+        list[str]: Such as ``'rfp_forward'`` and ``'forward_single'``.
+    """
+    return [
+        name for name in dir(block_type)
+        if (name.startswith('forward_') or name.endswith('_forward'))
+        and not name.startswith('_') and inspect.isfunction(
+            inspect.getattr_static(block_type, name))
+    ]
+
+
+# --------------------------------------------------------------------------
+# What the pre-hooks hand on
+# --------------------------------------------------------------------------
+
+
+class _Passed(NamedTuple):
+    """What a pre-hook found, for the forward on the instance.
 
     Attributes:
-        name (str): Of the convolution, for errors.
+        module (nn.Module): The module that really runs.
+        args (tuple): What the output was made of.
+        output (optional): Of the forward; None where the stock one runs.
+    """
+
+    module: nn.Module
+    args: tuple
+    output: Any
+
+    def serves(self, args: tuple, kwargs: dict) -> bool:
+        """Whether no hook changed the arguments since."""
+        return (self.output is not None and not kwargs
+                and len(args) == len(self.args)
+                and all(new is old for new, old in zip(args, self.args)))
+
+
+class Forward(Override):
+    """Lets the result of the pre-hook through, or runs the stock forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        passed = kwargs.pop(PASSED, None)
+        if passed is None:
+            return self.stock(*settle(args), **settle(kwargs))
+        if passed.serves(args, kwargs):
+            return passed.output
+        return self.run_stock(passed.module, args, kwargs)
+
+    def run_stock(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Run the forward that the class has now."""
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _positional(module: nn.Module, args: tuple,
+                kwargs: dict) -> tuple[tuple, dict]:
+    """Write arguments given by name in their places, where that is all."""
+    if not kwargs:
+        return args, kwargs
+    if not args and len(kwargs) == 1:
+        return tuple(kwargs.values()), {}
+    code = getattr(type(module).forward, '__code__', None)
+    if code is None:
+        return args, kwargs
+    names = code.co_varnames[1 + len(args):1 + len(args) + len(kwargs)]
+    if set(names) != set(kwargs):
+        return args, kwargs
+    return (*args, *[kwargs[name] for name in names]), {}
+
+
+def _own_code(layer: nn.Module, kind: ConvKind | NormKind) -> tuple | None:
+    if patched(type(layer), kind):
+        return None
+    return kind.code(type(layer))
+
+
+# --------------------------------------------------------------------------
+# The convolution
+# --------------------------------------------------------------------------
+
+
+class ConvState:
+    """State of a convolution that is followed by a normalization.
+
+    Attributes:
+        name (str): Name of the convolution, for errors.
         kind (ConvKind): How the convolution runs.
+        code (tuple, optional): The functions that it is known by; None
+            where others were in their place when it was turned on.
+        methods (frozenset[str]): What must not be replaced on the instance.
+        norm (nn.Module): The normalization that folded it last.
+        norm_kind (NormKind): Kind of that normalization.
+        coeff_shape (tuple[int, ...], optional): In which a number for each
+            output channel multiplies the weight; None where it is not known.
+        is_on (bool): Whether it was not turned off.
         least_input (int): From how many elements of its input on the
             convolution is not small.
         least_kept (int): The same where the fold costs nothing.
         keeps_fold (bool): Whether the normalization keeps it.
-        small (bool): Whether the latest call was not worth a fold.
         deferred (bool): Whether the latest call in a forward deferred, or
             could have.
         stays_inside (bool): Whether an autograd function that called the
             convolution was seen to call the normalization as well.
     """
 
-    def __init__(self, name: str, kind: ConvKind, conv: nn.Module) -> None:
+    def __init__(self, name: str, conv: nn.Module, norm: nn.Module,
+                 norm_kind: NormKind) -> None:
+        kind: Any = conv_kind(type(conv))
         self.name = name
-        self.kind = kind
+        self.kind: ConvKind = kind
+        self.code = _own_code(conv, kind)
+        self.methods = methods_of(type(conv))
+        self.norm = norm
+        self.norm_kind = norm_kind
+        shape = kind.shape(conv)
+        self.coeff_shape = None if 0 in shape else kind.coeff_shape(
+            conv, shape)
+        self.is_on = True
         self.least_input = _least_input(conv, kind, SMALL_SHARE)
         self.least_kept = _least_input(conv, kind, 0)
         self.keeps_fold = False
-        self.small = False
         self.deferred = False
         self.stays_inside = False
 
+    def keep_folds(self, keeps: bool) -> None:
+        """Note whether a fold may cost nothing."""
+        self.keeps_fold = keeps
+
     def is_small(self, x: Any) -> bool:
-        """Whether the stock modules are cheaper for a call of now."""
+        """Whether the stock modules are cheaper for the current call."""
         kept = self.keeps_fold and not torch.is_grad_enabled()
         least = self.least_kept if kept else self.least_input
-        self.small = isinstance(x, Tensor) and x.numel() < least
-        return self.small
+        return isinstance(x, Tensor) and x.numel() < least
 
-    def run_of_call(self, conv: nn.Module) -> BlockRun | None:
-        """The run that a call of now may make a promise in, if any."""
+    def is_stock(self, conv: nn.Module) -> bool:
+        """Whether the convolution runs the code that it is known by."""
+        return (self.methods.isdisjoint(vars(conv))
+                and self.code == self.kind.code(type(conv)))
+
+    def note_fold(self, norm: nn.Module, kind: NormKind,
+                  coeff_shape: tuple[int, ...]) -> None:
+        """Remember what the convolution was folded with."""
+        self.norm, self.norm_kind = norm, kind
+        self.coeff_shape = coeff_shape
+
+    def run_of_call(self, conv: nn.Module, x: Any) -> BlockRun | None:
+        """The run that the current call may make a promise in, if any."""
         run = _RUNS.get(_thread())
-        while run is not None and not run.may_defer(conv):
+        while run is not None and not run.waits_for(conv, x):
             run = run.outer
         if run is None and _inside_backward():
             # An activation checkpoint runs a part of the block's forward
             # anew, and has to meet there what it met the first time.
-            return BlockRun(conv, None) if self.deferred else None
+            return BlockRun(conv, [], None) if self.deferred else None
         # A promise made inside an autograd function (a checkpoint is one)
         # could leave it, without its gradient.
         self.deferred = (
@@ -214,6 +488,46 @@ class Deferral:
             and (self.stays_inside
                  or run.inside_function == inside_autograd_function()))
         return run if self.deferred else None
+
+    def promise(self, conv: nn.Module, inputs: tuple) -> Any:
+        """Promise the output, or a list of them; None where it must run."""
+        run = self.run_of_call(conv, inputs[0])
+        if run is None:
+            return None
+        if self.kind.gives_list:
+            return [
+                run.promise(self.name, *branch)
+                for branch in self.kind.branches(conv, *inputs)
+            ]
+        if not isinstance(inputs[0], Tensor):
+            return None
+        return run.promise(self.name, self.kind, conv, inputs)
+
+
+def why_not_defer(conv: nn.Module, norm: nn.Module, x: Any) -> str | None:
+    """Why a convolution has to run before its normalization is called.
+
+    Args:
+        conv (nn.Module): The convolution that is called.
+        norm (nn.Module): The normalization that follows it in its block.
+        x: First argument of the call.
+
+    Returns:
+        str | None: None where it may wait.
+    """
+    conv_state, norm_state = conv._tune_conv, norm._tune_norm
+    if not norm_state.kind.is_fixed(norm):
+        return 'train mode'
+    if (conv._forward_hooks or conv._backward_hooks
+            or conv._backward_pre_hooks or len(norm._forward_pre_hooks) != 1
+            or norm._backward_hooks or norm._backward_pre_hooks
+            or _has_any_global_hook()):
+        return 'a hook sees what passes between the two'
+    if (type(vars(norm).get('forward')) is not Forward
+            or not conv_state.is_stock(conv)
+            or not norm_state.is_stock(norm)):
+        return 'a method of the two was replaced'
+    return 'small' if conv_state.is_small(x) else None
 
 
 def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
@@ -226,6 +540,134 @@ def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
         return 0
     map_size = max(SMALL_MAP, share * weight_size)
     return math.ceil(map_size / kind.outputs_per_input(conv))
+
+
+class ConvForward(Forward):
+    """:class:`Forward` of a convolution."""
+
+    def run_stock(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Run the stock forward; tell the normalization who did."""
+        output = super().run_stock(module, args, kwargs)
+        if inside_autograd_function() and isinstance(output, Tensor):
+            output._tune_conv = vars(module).get('_tune_conv')
+        return output
+
+
+@Hook
+def call_conv(conv: nn.Module, args: tuple,
+              kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a convolution: promise its output, or not."""
+    if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+        args, kwargs = settle(args), settle(kwargs)
+    if type(vars(conv).get('forward')) is not ConvForward:
+        return args, kwargs
+    args, kwargs = _positional(conv, args, kwargs)
+    output = None
+    state = vars(conv).get('_tune_conv')
+    if state is not None and args and not kwargs:
+        output = state.promise(conv, args)
+    return args, {**kwargs, PASSED: _Passed(conv, args, output)}
+
+
+class ConvBuffers(dict):
+    """The buffers of a convolution, which answer for two more by name.
+
+    Those are no buffers of the model's: whatever pairs buffers by position or
+    by key would stumble over them.
+
+    Args:
+        buffers (dict): What the convolution has.
+        conv_state (ConvState): Knows the normalization.
+    """
+
+    def __init__(self, buffers: dict, conv_state: ConvState) -> None:
+        super().__init__(buffers)
+        self.conv_state = conv_state
+
+    def __contains__(self, name: Any) -> bool:
+        return super().__contains__(name) or (
+            name in BUFFERS and self._constants() is not None)
+
+    def __missing__(self, name: str) -> Tensor:
+        constants = self._constants()
+        if name not in BUFFERS or constants is None:
+            raise KeyError(name)
+        return constants[BUFFERS.index(name)]
+
+    def _constants(self) -> tuple[Tensor, Tensor] | None:
+        norm, shape = self.conv_state.norm, self.conv_state.coeff_shape
+        _, _, mean, var = self.conv_state.norm_kind.tensors(norm)
+        if mean is None or var is None or is_lazy(mean) or shape is None:
+            return None
+        with torch.no_grad():
+            rstd, bias_delta = norm_coefficients(mean, var, norm.eps)
+            return rstd.view(shape).to(var.dtype), bias_delta.to(mean.dtype)
+
+
+class NamedBuffers(Override):
+    """Lists the two constants of the fold among a convolution's buffers."""
+
+    def __call__(self, prefix: str = '', recurse: bool = True,
+                 remove_duplicate: bool = True) -> Iterator:
+        """See ``nn.Module.named_buffers``."""
+        yield from self.stock(prefix, recurse, remove_duplicate)
+        for name in BUFFERS:
+            if name in self.module._buffers:
+                yield f'{prefix}.{name}'.lstrip('.'), getattr(
+                    self.module, name)
+
+
+def attach_conv(name: str, conv: nn.Module, norm: nn.Module,
+                norm_kind: NormKind) -> ConvState:
+    """Make a convolution wait for its normalization.
+
+    Args:
+        name (str): Name of the convolution, for errors.
+        conv (nn.Module): Of a known kind.
+        norm (nn.Module): A normalization that follows it.
+        norm_kind (NormKind): Kind of the normalization.
+
+    Returns:
+        ConvState: The one that it has already, where it has.
+    """
+    state = vars(conv).get('_tune_conv')
+    if state is None:
+        state = ConvState(name, conv, norm, norm_kind)
+        attach(
+            conv,
+            call_conv,
+            overrides=dict(
+                forward=ConvForward,
+                named_buffers=NamedBuffers,
+                extra_repr=TunedRepr),
+            _tune_conv=state,
+            _buffers=ConvBuffers(conv._buffers, state))
+    return state
+
+
+def release(module: nn.Module) -> None:
+    """Make a module stock again, whatever it was given.
+
+    A normalization that was held follows what was asked for last.
+
+    Args:
+        module (nn.Module): Any module; its children are left alone.
+    """
+    own = vars(module)
+    for key in ('_tune_conv', '_tune_norm', '_tune_held'):
+        if key in own:
+            own[key].is_on = False
+    if isinstance(own['_buffers'], ConvBuffers):
+        own['_buffers'] = dict(own['_buffers'])
+    held = own.get('_tune_held')
+    detach(module)
+    if held is not None:
+        module.train(held.asked)
+
+
+# --------------------------------------------------------------------------
+# The normalization
+# --------------------------------------------------------------------------
 
 
 class KeptFold:
@@ -258,37 +700,49 @@ class KeptFold:
 
 
 class NormState:
-    """State of a :class:`HeldNorm` or :class:`FoldingNorm`.
+    """State of a normalization that folds.
 
     Attributes:
-        hold (bool, optional): The ``training`` flag that is kept whatever is
-            asked for, None to obey.
-        asked (bool): The ``training`` flag that was asked for last.
-        kind (NormKind, optional): When its statistics are fixed.
-        deferrals (list[Deferral]): Of the convolutions before it.
+        name (str): Name of the normalization, for messages.
+        kind (NormKind): When its statistics are fixed.
+        code (tuple, optional): See :class:`ConvState`.
+        methods (frozenset[str]): What must not be replaced on the instance.
+        is_on (bool): Whether it was not turned off.
         ran (str, optional): How the latest forward ran: 'fused', 'stock',
             or 'train mode' (stock, with the statistics of the batch).
+        why_stock (str, optional): Why the convolution did not wait.
         keeps_fold (bool): Whether a fold that no gradient needs may serve
             again.
         kept_fold (KeptFold, optional): That fold.
     """
 
-    def __init__(self, asked: bool, hold: bool | None = None) -> None:
-        self.asked = asked
-        self.hold = hold
-        self.kind: Any = None
-        self.deferrals: list[Deferral] = []
+    def __init__(self, name: str, norm: nn.Module, kind: NormKind) -> None:
+        self.name = name
+        self.kind = kind
+        self.code = _own_code(norm, kind)
+        self.methods = methods_of(type(norm))
+        self.is_on = True
         self.ran: str | None = None
+        self.why_stock: str | None = None
         self.keeps_fold = False
         self.kept_fold: KeptFold | None = None
         self._fits_half = True
         self._half_folds = 0
 
+    def is_stock(self, norm: nn.Module) -> bool:
+        """Whether the normalization runs the code that it is known by."""
+        return (self.methods.isdisjoint(vars(norm))
+                and self.code == self.kind.code(type(norm)))
+
+    def latest_run(self) -> str:
+        """How the latest forward ran, see :func:`mmtune.api.latest_runs`."""
+        if self.ran == 'stock' and self.why_stock == 'small':
+            return 'small'
+        return self.ran or 'not run'
+
     def keep_folds(self, keeps: bool) -> None:
         """Begin or cease to keep folds; either way none is left."""
         self.keeps_fold, self.kept_fold = keeps, None
-        for deferral in self.deferrals:
-            deferral.keeps_fold = keeps
 
     def fits_half(self, fold_from: tuple) -> bool:
         """Whether float16 can hold a folded weight and bias well.
@@ -315,6 +769,53 @@ class NormState:
         self._half_folds += 1
         return self._fits_half
 
+    def fold(self, norm: nn.Module, deferred: Any) -> Tensor | None:
+        """Run a promised convolution and the normalization as one.
+
+        Args:
+            norm (nn.Module): The normalization.
+            deferred (DeferredConv): What it was given.
+
+        Returns:
+            Tensor | None: Shape (batch, out_channels, ...); None where the
+            stock modules have to run.
+        """
+        conv, kind = deferred.conv, deferred.kind
+        weight, bias, mean, var = self.kind.tensors(norm)
+        coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
+        if not _can_fold(norm, deferred, mean, var, coeff_shape):
+            return None
+        conv_state = vars(conv).get('_tune_conv')
+        if conv_state is not None:
+            conv_state.note_fold(norm, self.kind, coeff_shape)
+        x, *more = deferred.inputs
+        autocast_dtype = deferred.context[1]
+        if autocast_dtype is not None and x.dtype != torch.float64:
+            x = x.to(autocast_dtype)
+        linear_map: Any
+        x, linear_map = kind.linear_map(conv, x, *more) or (x, None)
+        learned = (deferred.weight, deferred.bias, weight, bias)
+        made_from = (*learned, mean, var)
+        keeps = (
+            self.keeps_fold and linear_map is not None
+            and not needs_gradient(x, *learned))
+        if keeps and self.kept_fold is not None and self.kept_fold.serves(
+                made_from, norm.eps, x.dtype):
+            return run_folded(linear_map, x, self.kept_fold.folded)
+
+        rstd, bias_delta = norm_coefficients(mean, var, norm.eps)
+        fold_from: tuple = (*learned, rstd, bias_delta, coeff_shape)
+        if x.dtype == torch.float16 and not self.fits_half(fold_from):
+            return None
+        if linear_map is None:
+            folded = fold(*fold_from)
+            return kind.run(conv, *folded, *deferred.inputs)
+        if not keeps:
+            return fold_and_run(linear_map, x, *fold_from)
+        self.kept_fold = KeptFold(made_from, norm.eps, fold(*fold_from),
+                                  x.dtype)
+        return run_folded(linear_map, x, self.kept_fold.folded)
+
 
 def _fits_half(weight: Tensor, bias: Tensor) -> bool:
     info = torch.finfo(torch.float16)
@@ -325,171 +826,10 @@ def _fits_half(weight: Tensor, bias: Tensor) -> bool:
             and (largest == 0 or low <= largest <= high))
 
 
-class BlockScope(nn.Module):
-    """Behaviour of the module whose forward calls Conv+BN pairs."""
-
-    _tune_pairs: tuple[Pair, ...] = ()
-
-    @staticmethod
-    def wrap_forward(stock_forward: Callable) -> Callable:
-        """Make a method with the stock signature."""
-
-        @functools.wraps(stock_forward)
-        def forward(self, *args, **kwargs):
-            thread = _thread()
-            outer = _RUNS.get(thread)
-            if outer is not None and outer.block is self:
-                return stock_forward(self, *args, **kwargs)
-            run = _RUNS[thread] = BlockRun(self, outer)
-            try:
-                output = stock_forward(self, *args, **kwargs)
-            finally:
-                if outer is None:
-                    del _RUNS[thread]
-                else:
-                    _RUNS[thread] = outer
-            return run.finish(output) if run.promised else output
-
-        return forward
-
-
-class DeferringConv(nn.Module):
-    """Behaviour of a convolution that is followed by a normalization."""
-
-    _tune_deferral: Deferral | None = None
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Promise the output inside the block, compute it elsewhere."""
-        if options or len(inputs) != 1 or type(inputs[0]) is not Tensor:
-            if not inputs and len(options) == 1:
-                inputs, options = tuple(options.values()), {}
-            inputs, options = settle(inputs), settle(options)
-        deferral = self._tune_deferral
-        if (deferral is None or options or not inputs
-                or deferral.is_small(inputs[0])):
-            return super().forward(*inputs, **options)
-        run = deferral.run_of_call(self)
-        if run is not None:
-            kind, name = deferral.kind, deferral.name
-            if kind.gives_list:
-                return [
-                    run.promise(name, *branch)
-                    for branch in kind.branches(self, *inputs)
-                ]
-            if isinstance(inputs[0], Tensor):
-                return run.promise(name, kind, self, inputs)
-        output = super().forward(*inputs)
-        if inside_autograd_function() and isinstance(output, Tensor):
-            output._tune_deferral = deferral
-        return output
-
-    def extra_repr(self) -> str:
-        """Mark the convolution in ``print(model)``."""
-        return _marked(super().extra_repr(), tune=self._tune_deferral)
-
-
-class HeldNorm(nn.Module):
-    """Behaviour of a normalization held in train or in eval mode."""
-
-    _tune_state: NormState | None = None
-
-    def train(self, mode: bool = True) -> 'HeldNorm':
-        """Note what is asked for, and do what is held."""
-        state = self._tune_state
-        if state is not None:
-            state.asked = mode
-            state.kept_fold = None
-            if state.hold is not None:
-                mode = state.hold
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """Mark the normalization in ``print(model)``."""
-        state = self._tune_state
-        return _marked(
-            super().extra_repr(), norm_eval=state and state.hold is False,
-            norm_train=state and state.hold)
-
-
-class FoldingNorm(HeldNorm):
-    """Behaviour of a normalization that runs itself and a promise as one."""
-
-    def forward(self, input: Any) -> Tensor:
-        """Run a promised convolution and itself as one where it can."""
-        state = self._tune_state
-        if type(input) is DeferredConv:
-            if state is not None:
-                output = self._fold(input, state)
-                if output is not None:
-                    state.ran = 'fused'
-                    return output
-            input = input.tensor()
-        elif inside_autograd_function() and not input.requires_grad:
-            # With a gradient it would come from outside of the function.
-            deferral = getattr(input, '_tune_deferral', None)
-            if deferral is not None:
-                deferral.stays_inside = deferral.deferred = True
-        if state is None:
-            return super().forward(input)
-        # Statistics change without a change of version.
-        state.kept_fold = None
-        output = state.kind.run_fixed(self, input)
-        if output is None:
-            fixed = state.kind.is_fixed(self)
-            state.ran = 'stock' if fixed else 'train mode'
-            return super().forward(input)
-        state.ran = 'stock'
-        return output
-
-    def _fold(self, deferred: DeferredConv, state: NormState) -> Tensor | None:
-        """Run both as one; None where the stock modules have to."""
-        conv, kind = deferred.conv, deferred.kind
-        weight, bias, mean, var = state.kind.tensors(self)
-        coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
-        if not _can_fold(self, deferred, mean, var, coeff_shape):
-            return None
-        x, *more = deferred.inputs
-        autocast_dtype = deferred.context[1]
-        if autocast_dtype is not None and x.dtype != torch.float64:
-            x = x.to(autocast_dtype)
-        linear_map: Any
-        x, linear_map = kind.linear_map(conv, x, *more) or (x, None)
-        learned = (deferred.weight, deferred.bias, weight, bias)
-        made_from = (*learned, mean, var)
-        keeps = (
-            state.keeps_fold and linear_map is not None
-            and not needs_gradient(x, *learned))
-        if keeps and state.kept_fold is not None and state.kept_fold.serves(
-                made_from, self.eps, x.dtype):
-            return run_folded(linear_map, x, state.kept_fold.folded)
-
-        rstd, bias_delta = norm_coefficients(mean, var, self.eps)
-        put_buffers(conv, rstd.view(coeff_shape), bias_delta)
-        fold_from: tuple = (*learned, rstd, bias_delta, coeff_shape)
-        if x.dtype == torch.float16 and not state.fits_half(fold_from):
-            return None
-        if linear_map is None:
-            folded = fold(*fold_from)
-            return kind.run(conv, *folded, *deferred.inputs)
-        if not keeps:
-            return fold_and_run(linear_map, x, *fold_from)
-        state.kept_fold = KeptFold(made_from, self.eps, fold(*fold_from),
-                                   x.dtype)
-        return run_folded(linear_map, x, state.kept_fold.folded)
-
-    def extra_repr(self) -> str:
-        """Mark the normalization in ``print(model)``."""
-        return _marked(super().extra_repr(), tune=self._tune_state)
-
-
-def _marked(text: str, **marks: Any) -> str:
-    return text + ''.join(f', {name}=True' for name, on in marks.items() if on)
-
-
-def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
+def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
               var: Tensor | None, coeff_shape: tuple[int, ...]) -> bool:
     """Whether the stock pair takes this input, as one affine map."""
-    kind = norm._tune_state.kind
+    kind = norm._tune_norm.kind
     x, weight = deferred.inputs[0], deferred.weight
     if (mean is None or var is None or not kind.is_fixed(norm)
             or not deferred.foldable()):
@@ -511,26 +851,180 @@ def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
     return True
 
 
-def put_buffers(conv: nn.Module, weight_coeff: Tensor,
-                bias_delta: Tensor) -> None:
-    """Put what the fold was made with where users look for it.
+@Hook
+def call_norm(norm: nn.Module, args: tuple,
+              kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a normalization: fold what it is given, or not."""
+    state = vars(norm).get('_tune_norm')
+    if state is None or type(vars(norm).get('forward')) is not Forward:
+        return settle(args), settle(kwargs)
+    args, kwargs = _positional(norm, args, kwargs)
+    output = None
+    if len(args) == 1 and is_deferred(args[0]) and not kwargs:
+        if state.is_stock(norm):
+            output = state.fold(norm, args[0])
+    if output is not None:
+        state.ran = 'fused'
+    else:
+        args, kwargs = settle(args), settle(kwargs)
+        _note_stock(norm, state, args)
+    return args, {**kwargs, PASSED: _Passed(norm, args, output)}
+
+
+def _note_stock(norm: nn.Module, state: NormState, args: tuple) -> None:
+    state.ran = 'stock' if state.kind.is_fixed(norm) else 'train mode'
+    # Statistics change without a change of version.
+    state.kept_fold = None
+    if inside_autograd_function() and args and not args[0].requires_grad:
+        # With a gradient it would come from outside of the function.
+        conv_state = getattr(args[0], '_tune_conv', None)
+        if conv_state is not None:
+            conv_state.stays_inside = conv_state.deferred = True
+
+
+def attach_norm(name: str, norm: nn.Module, kind: NormKind) -> NormState:
+    """Make a normalization fold the convolutions that wait for it.
 
     Args:
-        conv (nn.Module): Gets or keeps the buffers ``BUFFERS``.
-        weight_coeff (Tensor): ``rstd``, in the shape that multiplies the
-            weight.
-        bias_delta (Tensor): ``-mean``, shape (out_channels,).
+        name (str): Name of the normalization, for messages.
+        norm (nn.Module): Of a known kind.
+        kind (NormKind): That kind.
+
+    Returns:
+        NormState: The one that it has already, where it has.
     """
-    if torch.compiler.is_exporting():
-        # An exported program would go on to write them.
-        return
-    values = (weight_coeff, bias_delta)
-    buffers = [conv._buffers.get(name) for name in BUFFERS]
-    if all(buffer is not None and buffer.shape == value.shape
-           and buffer.device == value.device
-           for buffer, value in zip(buffers, values)):
-        # In place: in inference mode new ones would stay unusable.
-        torch._foreach_copy_(buffers, values)
-        return
-    for name, value in zip(BUFFERS, values):
-        conv.register_buffer(name, value.clone(), persistent=False)
+    state = vars(norm).get('_tune_norm')
+    if state is None:
+        state = NormState(name, norm, kind)
+        attach(
+            norm,
+            call_norm,
+            overrides=dict(forward=Forward, extra_repr=TunedRepr),
+            _tune_norm=state)
+    return state
+
+
+# --------------------------------------------------------------------------
+# Held normalizations
+# --------------------------------------------------------------------------
+
+
+class Held:
+    """State of a normalization that is held in train or in eval mode.
+
+    Attributes:
+        training (bool): The ``training`` flag that is kept.
+        asked (bool): The flag that was asked for last.
+        is_on (bool): Whether it was not turned off.
+    """
+
+    def __init__(self, norm: nn.Module, training: bool) -> None:
+        self.training = training
+        self.is_on = True
+        self.asked = norm.training
+
+
+class HeldPaths:
+    """State of a root whose normalizations are held.
+
+    Attributes:
+        held (dict[tuple[str, ...], Held]): By where the root has them.
+    """
+
+    def __init__(self, held: dict[tuple[str, ...], Held]) -> None:
+        self.held = held
+
+    def follow(self, root: nn.Module) -> None:
+        """Hold what took the place of a normalization, and say so."""
+        followed = []
+        for path, held in list(self.held.items()):
+            norm = _at(root, path)
+            if norm is not None and vars(norm).get('_tune_held') is held:
+                continue
+            del self.held[path]
+            # Else somebody turned it off, or took it away.
+            if held.is_on and norm is not None and 'running_mean' in vars(
+                    norm)['_buffers']:
+                self.held[path] = hold_norm(norm, held.training)
+                followed.append('.'.join(path))
+        if followed:
+            mode = 'train' if held.training else 'eval'
+            warnings.warn(
+                f'{len(followed)} normalizations were replaced after '
+                f'mmtune.turn_on ({followed[0]!r} is the first) and are held '
+                f'in {mode} mode from now on; call turn_on again after the '
+                'last replacement',
+                stacklevel=2)
+
+
+@Hook
+def follow_held(root: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a root whose normalizations are held."""
+    state = vars(root).get('_tune_held_paths')
+    if state is not None and not torch.compiler.is_compiling():
+        state.follow(root)
+
+
+def hold_norms(root: nn.Module, norms: list[nn.Module],
+               training: bool) -> None:
+    """Hold normalizations, and those that take their places later.
+
+    Args:
+        root (nn.Module): Holds the normalizations.
+        norms (list[nn.Module]): Each at or below ``root``.
+        training (bool): The ``training`` flag to keep.
+    """
+    states = {norm: hold_norm(norm, training) for norm in norms}
+    paths = {
+        tuple(name.split('.')) if name else (): states[module]
+        for name, module in root.named_modules(remove_duplicate=False)
+        if module in states
+    }
+    attach(root, follow_held, _tune_held_paths=HeldPaths(paths))
+
+
+class HeldTrain(Override):
+    """``train()`` that notes what is asked for and does what is held."""
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """See ``nn.Module.train``."""
+        held = self.module._tune_held
+        held.asked = mode
+        return self.stock(held.training)
+
+
+def hold_norm(norm: nn.Module, training: bool) -> Held:
+    """Hold a normalization in train or in eval mode.
+
+    Args:
+        norm (nn.Module): Stays there, whatever ``train()`` asks for.
+        training (bool): The ``training`` flag to keep.
+
+    Returns:
+        Held: Its state; the one that it has, where another root holds it.
+    """
+    held = vars(norm).get('_tune_held')
+    if held is not None:
+        return held
+    held = Held(norm, training)
+    attach(
+        norm,
+        overrides=dict(train=HeldTrain, extra_repr=TunedRepr),
+        _tune_held=held)
+    norm.train(held.asked)
+    return held
+
+
+class TunedRepr(Override):
+    """Marks a module in ``print(model)``."""
+
+    def __call__(self) -> str:
+        """See ``nn.Module.extra_repr``."""
+        own = vars(self.module)
+        text = self.stock()
+        if '_tune_conv' in own or '_tune_norm' in own:
+            text += ', tune=True'
+        if '_tune_held' in own:
+            held = 'norm_train' if own['_tune_held'].training else 'norm_eval'
+            text += f', {held}=True'
+        return text.removeprefix(', ')

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtune.class_swap import bare_copy
+from mmtune.attach import bare_copy
 from mmtune.kinds import ConvKind
 
 __all__ = [
-    'DeferredConv', 'fingerprint', 'inside_autograd_function', 'settle'
+    'CompiledDeferredConv', 'DeferredConv', 'defer', 'fingerprint',
+    'inside_autograd_function', 'is_deferred', 'settle'
 ]
 
 ADVICE = ('leave its block out by naming the other submodules in the '
@@ -55,24 +56,29 @@ def _differs(before: tuple, now: tuple) -> bool:
                for old, new in zip(before, now))
 
 
-class DeferredConv:
-    """The output of a convolution that has not run yet.
+class _Deferred:
+    """What :class:`DeferredConv` holds, and how it runs in the end.
 
-    Stands in for that output wherever a tensor is expected: every function
-    and method of ``torch`` sees the plain convolution's output, computed from
-    what the convolution had when it was called.
-
-    Args:
-        name (str): Of the convolution, for errors.
+    Attributes:
+        conv_name (str): Name of the convolution, for errors.
         conv (nn.Module): The convolution.
-        kind (ConvKind): Of the convolution.
+        kind (ConvKind): Kind of the convolution.
         inputs (tuple): What it was called with; first a tensor of shape
             (batch, in_channels, ...).
+        weight, bias, settings, context, fingerprints: What the convolution
+            had when it was called.
+        output (Tensor, optional): Of the plain convolution, once it ran.
     """
 
-    def __init__(self, name: str, conv: nn.Module, kind: ConvKind,
-                 inputs: tuple) -> None:
-        # None of these may be the name of an attribute of tensors.
+    # None of these may be the name of an attribute of tensors.
+    conv_name: str
+    conv: nn.Module
+    kind: ConvKind
+    inputs: tuple
+    output: Tensor | None
+
+    def _begin(self, name: str, conv: nn.Module, kind: ConvKind,
+               inputs: tuple) -> None:
         self.conv_name = name
         self.conv = conv
         self.kind = kind
@@ -83,7 +89,7 @@ class DeferredConv:
         self.inside_function = inside_autograd_function()
         self.context = self._current_context()
         self.fingerprints = self._current_fingerprints()
-        self.output: Tensor | None = None
+        self.output = None
 
     def _current_context(self) -> tuple:
         return (torch.is_grad_enabled(),
@@ -156,6 +162,63 @@ class DeferredConv:
         return func(*settle(args), **settle(kwargs or {}))
 
 
+class DeferredConv(_Deferred, Tensor):
+    """The output of a convolution that has not run yet.
+
+    A tensor to whoever asks for its type, without memory: every function,
+    method and attribute of tensors sees the plain convolution's output,
+    computed from what the convolution had when it was called. Made by
+    :func:`defer`.
+    """
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # Below Python's functions, where a gradient would be lost.
+        name = next(a.conv_name for a in (*args, *(kwargs or {}).values())
+                    if type(a) is cls)
+        raise RuntimeError(
+            f"The output of {name!r} went into code below PyTorch's Python "
+            f'functions where its normalization was expected; {ADVICE}')
+
+
+class CompiledDeferredConv(_Deferred):
+    """A :class:`DeferredConv` for ``torch.compile``.
+
+    Which makes no subclass of tensors. It is no tensor to whoever asks for
+    its type.
+    """
+
+
+def defer(name: str, conv: nn.Module, kind: ConvKind, inputs: tuple) -> Any:
+    """Promise the output of a convolution.
+
+    Args:
+        name (str): Name of the convolution, for errors.
+        conv (nn.Module): The convolution.
+        kind (ConvKind): Kind of the convolution.
+        inputs (tuple): What it was called with; first a tensor of shape
+            (batch, in_channels, ...).
+
+    Returns:
+        DeferredConv | CompiledDeferredConv: Stands in for the output.
+    """
+    deferred: Any
+    if torch.compiler.is_compiling():
+        deferred = CompiledDeferredConv()
+    else:
+        x = inputs[0]
+        # The size is nobody's to see: it would have to be computed.
+        deferred = Tensor._make_wrapper_subclass(
+            DeferredConv, (), dtype=x.dtype, device=x.device)
+    deferred._begin(name, conv, kind, inputs)
+    return deferred
+
+
+def is_deferred(value: Any) -> bool:
+    """Whether a value is what :func:`defer` returns."""
+    return type(value) is DeferredConv or type(value) is CompiledDeferredConv
+
+
 def _settings(conv: nn.Module) -> tuple:
     return tuple([vars(conv).get(name) for name in SETTINGS])
 
@@ -170,7 +233,7 @@ def inside_autograd_function() -> bool:
 
 
 def _delegate_to_tensor() -> None:
-    """Give :class:`DeferredConv` every attribute of a tensor.
+    """Give :class:`CompiledDeferredConv` every attribute of a tensor.
 
     One by one, since ``torch.compile`` cannot see through ``__getattr__``.
     """
@@ -188,7 +251,7 @@ def _delegate_to_tensor() -> None:
                         lambda self, value: setattr(self.tensor(), name,
                                                     value))
 
-    own = {name for name in vars(DeferredConv)} - {'__doc__'}
+    own = {*vars(_Deferred), *vars(CompiledDeferredConv)} - {'__doc__'}
     lifecycle = {
         '__class__', '__class_getitem__', '__del__', '__delattr__', '__dir__',
         '__doc__', '__getattribute__', '__getstate__', '__init__',
@@ -199,9 +262,9 @@ def _delegate_to_tensor() -> None:
         if name in own or name in lifecycle:
             continue
         delegate = method if callable(getattr(Tensor, name)) else attribute
-        setattr(DeferredConv, name, delegate(name))
+        setattr(CompiledDeferredConv, name, delegate(name))
     # Defining `__eq__` takes the default `__hash__` away.
-    setattr(DeferredConv, '__hash__', object.__hash__)  # noqa: B010
+    setattr(CompiledDeferredConv, '__hash__', object.__hash__)  # noqa: B010
 
 
 def settle(value: Any) -> Any:
@@ -213,7 +276,7 @@ def settle(value: Any) -> Any:
     Returns:
         The value itself where it holds no promise.
     """
-    if type(value) is DeferredConv:
+    if is_deferred(value):
         return value.tensor()
     if isinstance(value, (tuple, list)):
         settled = [settle(item) for item in value]

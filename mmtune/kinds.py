@@ -10,22 +10,53 @@ own, is never folded. To have a layer of your own folded, add a line::
 """
 import copy
 import math
+import os
+import types
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtune.class_swap import bare_copy
+from mmtune.attach import bare_copy
 from mmtune.functional import Convolution, LinearMap, Product
 
 __all__ = [
     'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'NormKind', 'conv_kind',
-    'norm_kind'
+    'methods_of', 'norm_kind', 'patched'
 ]
 
+# What a layer's call may run of its class.
+METHODS = ('__call__', '_call_impl', 'forward', '_conv_forward',
+           '_output_padding', '_get_weight', '_check_input_dim')
 
-class ConvKind:
+
+class _Kind:
+    """What kinds of convolutions and of normalizations have in common.
+
+    Attributes:
+        functions (tuple[str, ...]): Functions of ``torch.nn.functional`` in
+            whose place the fold runs.
+    """
+
+    functions: tuple[str, ...] = ()
+
+    def code(self, layer_type: type) -> tuple:
+        """Give the functions that a call of a layer would run now.
+
+        Args:
+            layer_type (type): Class of a layer of this kind.
+
+        Returns:
+            tuple[Callable | None, ...]: To compare with what it was.
+        """
+        # What a lazy layer turns into runs the same.
+        layer_type = getattr(layer_type, 'cls_to_become', None) or layer_type
+        return tuple([getattr(layer_type, name, None) for name in METHODS] +
+                     [getattr(F, name) for name in self.functions])
+
+
+class ConvKind(_Kind):
     """Any layer whose output is linear in its weight, channel by channel.
 
     That is to say: multiplying ``weight[c]`` and ``bias[c]`` by a number
@@ -107,8 +138,8 @@ class ConvKind:
         """
         layer = bare_copy(conv)
         known: Any = _known(type(conv), CONV_KINDS)[1]
-        # Without our behaviour, and without a parametrization of the weight.
-        layer.__class__ = vars(known).get('_tune_stock', known)
+        # Without a parametrization of the weight.
+        layer.__class__ = known
         vars(layer).update(
             _parameters={
                 name: parameter
@@ -153,6 +184,8 @@ class ConvKind:
 class _Convolution(ConvKind):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
 
+    functions = ('conv1d', 'conv2d', 'conv3d')
+
     def run(self, conv, weight, bias, *inputs):
         return conv._conv_forward(*inputs, weight, bias)
 
@@ -182,6 +215,8 @@ class _TransposedConvolution(ConvKind):
 
     The weight has the shape (in_channels, out_channels / groups, ...).
     """
+
+    functions = ('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')
 
     def shape(self, conv):
         return (conv.in_channels, conv.out_channels // conv.groups,
@@ -213,6 +248,8 @@ class _TransposedConvolution(ConvKind):
 
 class _Linear(ConvKind):
     """``nn.Linear`` on a matrix."""
+
+    functions = ('linear', )
 
     def shape(self, conv):
         return conv.out_features, conv.in_features
@@ -314,7 +351,7 @@ class _Trident(ConvKind):
 
 
 _TRIDENT_BRANCH = _TridentBranch()
-class NormKind:
+class NormKind(_Kind):
     """A normalization by statistics that it keeps (``nn.BatchNorm2d``).
 
     Where its statistics are fixed it computes
@@ -367,38 +404,17 @@ class NormKind:
         """
         norm._check_input_dim(x)
 
-    def run_fixed(self, norm: nn.Module, x: Tensor) -> Tensor | None:
-        """Run by the running statistics, faster than the module's forward.
-
-        Where maps are small, what a module does in Python takes as long as
-        its operator.
-
-        Args:
-            norm (nn.Module): A normalization of this kind.
-            x (Tensor): Its input.
-
-        Returns:
-            Tensor | None: What the forward would return; None where that has
-            to be called.
-        """
-        return None
-
 
 class _BatchNorm(NormKind):
     """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d``."""
 
-    def run_fixed(self, norm, x):
-        if not self.is_fixed(norm):
-            return None
-        norm._check_input_dim(x)
-        weight, bias, mean, var = self.tensors(norm)
-        return torch.batch_norm(x, weight, bias, mean, var, False,
-                                norm.momentum or 0., norm.eps,
-                                torch.backends.cudnn.enabled)
+    functions = ('batch_norm', )
 
 
 class _InstanceNorm(NormKind):
     """``nn.InstanceNorm2d`` with ``track_running_stats=True``."""
+
+    functions = ('instance_norm', )
 
     def is_fixed(self, norm):
         return norm.track_running_stats and super().is_fixed(norm)
@@ -406,6 +422,8 @@ class _InstanceNorm(NormKind):
 
 class _SyncBatchNormOfMMCV(NormKind):
     """MMCV's ``MMSyncBN``."""
+
+    functions = ('batch_norm', )
 
     def is_fixed(self, norm):
         return norm.track_running_stats and super().is_fixed(norm)
@@ -512,6 +530,60 @@ def _same_code(cls: type, known: type | None, *names: str) -> bool:
     return all(
         getattr(cls, name, None) is getattr(known, name, None)
         for name in names)
+
+
+def patched(layer_type: type, kind: ConvKind | NormKind) -> str | None:
+    """Look for code that somebody put in the place of a library's own.
+
+    Args:
+        layer_type (type): Class of a layer.
+        kind (ConvKind | NormKind): Its kind.
+
+    Returns:
+        str | None: Name of the method or function, None where all is the
+        code that the kind was written for.
+    """
+    for name in METHODS:
+        owner = next((c for c in layer_type.__mro__ if name in vars(c)), None)
+        if owner is not None and owner.__module__.partition('.')[0] in (
+                'torch', 'mmcv', 'mmdet') and not _is_from(
+                    vars(owner)[name], owner.__module__):
+            return f'{owner.__name__}.{name}'
+    for name in kind.functions:
+        if not _is_from(getattr(F, name), F.__name__):
+            return f'F.{name}'
+    return None
+
+
+def _is_from(function: Any, module: str) -> bool:
+    """Whether a function was written in a module's file, or in C."""
+    code = getattr(function, '__code__', None)
+    if code is None:
+        return isinstance(function, types.BuiltinFunctionType)
+    path = module.replace('.', '/')
+    return code.co_filename.replace(os.sep, '/').endswith(
+        (f'{path}.py', f'{path}/__init__.py'))
+
+
+def methods_of(layer_type: type) -> frozenset[str]:
+    """Names that an instance may not have of its own.
+
+    Args:
+        layer_type (type): Class of a layer.
+
+    Returns:
+        frozenset[str]: Its methods but those that mmtune replaces itself, and
+        those of ``nn.Module`` that do not run it.
+    """
+    names = {
+        name
+        for base in layer_type.__mro__ if base not in (nn.Module, object)
+        for name, value in vars(base).items()
+        if callable(value) or isinstance(value, (staticmethod, classmethod))
+    }
+    return frozenset(names | {'_call_impl'}) - {
+        'forward', 'extra_repr', 'named_buffers', 'train'
+    }
 
 
 _FROZEN_NORM = _FrozenNorm()

@@ -21,8 +21,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.class_swap import bare_copy, stock_type
-from mmtune.kinds import conv_kind, looks_like_conv, norm_kind
+from mmtune.attach import bare_copy, overridden
+from mmtune.kinds import (
+    conv_kind,
+    looks_like_conv,
+    methods_of,
+    norm_kind,
+    patched,
+)
 
 __all__ = [
     'OWN_OPTION', 'LeftOut', 'Match', 'Matches', 'find_pairs', 'norms_of'
@@ -42,6 +48,8 @@ class Match(NamedTuple):
         norm (str): The normalization.
         conv_path (str): What the block calls the convolution.
         norm_path (str): What the block calls the normalization.
+        stock (str): Why the two run as stock as long as their code is what
+            it is now, else empty.
         sole (bool): Whether both are called once in all forwards traced,
             and no trace had to guess a branch: the pair may then be folded
             for good.
@@ -52,6 +60,7 @@ class Match(NamedTuple):
     norm: str
     conv_path: str
     norm_path: str
+    stock: str
     sole: bool
 
 
@@ -83,7 +92,7 @@ def norms_of(module: nn.Module) -> list[nn.Module]:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or norm_kind(
-        module, stock_type(module)) is not None
+        module, type(module)) is not None
 
 
 def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
@@ -158,7 +167,8 @@ class _Search:
             sole = exact and self.calls[conv] == self.calls[norm] == 1
             pairs.append(
                 Match(self.names[block], self.names[conv], self.names[norm],
-                      conv_path, norm_path, sole))
+                      conv_path, norm_path,
+                      _why_stock(conv) or _why_stock(norm), sole))
         paired = {norm for *_, norm in self.pairs}
         left_out = []
         for norm in self.norms:
@@ -216,7 +226,7 @@ def _producer(
     conv = block.get_submodule(source.target)
     if not looks_like_conv(conv):
         return None, ('its input comes from the module '
-                      f'{source.target!r} ({stock_type(conv).__name__})')
+                      f'{source.target!r} ({type(conv).__name__})')
     reason = _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
     if reason is not None:
         return source.target, reason
@@ -236,7 +246,7 @@ def _gives_list(block: nn.Module, node: fx.Node) -> bool:
     """Whether a node calls a convolution that gives a list."""
     if node.op != 'call_module':
         return False
-    kind = conv_kind(stock_type(block.get_submodule(node.target)))
+    kind = conv_kind(type(block.get_submodule(node.target)))
     return kind is not None and kind.gives_list
 
 
@@ -246,24 +256,36 @@ def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
         return (node.op in ('get_attr', 'placeholder')
                 or node.target is operator.getitem)
     module = block.get_submodule(node.target)
-    return conv_kind(stock_type(module)) is not None or norm_kind(
-        module, stock_type(module)) is not None
+    return conv_kind(type(module)) is not None or norm_kind(
+        module, type(module)) is not None
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
-    if 'forward' in vars(conv):
+    if overridden(conv, 'forward'):
         return "the convolution's forward is replaced on the instance"
-    if conv_kind(stock_type(conv)) is None:
-        return (f'{stock_type(conv).__name__} is not a convolution that '
+    if conv_kind(type(conv)) is None:
+        return (f'{type(conv).__name__} is not a convolution that '
                 'mmtune knows')
     return None
 
 
+def _why_stock(layer: nn.Module) -> str:
+    """Whose code stands in the place of a layer's own, for now."""
+    for name in sorted(methods_of(type(layer))):
+        if overridden(layer, name):
+            return (f'`{name}` of the {type(layer).__name__} is replaced on '
+                    'the instance')
+    kind = conv_kind(type(layer)) or norm_kind(layer, type(layer))
+    assert kind is not None, 'a pair has known layers'
+    function = patched(type(layer), kind)
+    return '' if function is None else f'`{function}` is replaced'
+
+
 def _unfit_norm(norm: nn.Module) -> str | None:
-    if 'forward' in vars(norm):
+    if overridden(norm, 'forward'):
         return "the BN's forward is replaced on the instance"
-    if norm_kind(norm, stock_type(norm)) is None:
-        return (f'{stock_type(norm).__name__} overrides the forward of '
+    if norm_kind(norm, type(norm)) is None:
+        return (f'{type(norm).__name__} overrides the forward of '
                 'BatchNorm')
     if norm.running_mean is None or norm.running_var is None:
         return 'the BN has no running statistics'
@@ -271,7 +293,7 @@ def _unfit_norm(norm: nn.Module) -> str | None:
 
 
 def _unfit(conv: nn.Module, norm: nn.Module) -> str | None:
-    kind = conv_kind(stock_type(conv))
+    kind = conv_kind(type(conv))
     assert kind is not None, 'checked before'
     shape = kind.shape(conv)
     if is_lazy(norm.running_mean) or 0 in shape:
@@ -355,7 +377,7 @@ def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool, str | None]:
         branch where the forward branches on data, as far as they could be
         traced; whether there was only one way; and what ended the trace.
     """
-    if 'forward' in vars(block):
+    if overridden(block, 'forward'):
         return [], False, 'forward is replaced on the instance'
     if isinstance(block, (fx.GraphModule, torch.jit.ScriptModule)):
         return [], False, 'its code was generated for this instance'
@@ -389,7 +411,6 @@ def _stand_in(block: nn.Module) -> nn.Module:
     copies: dict[nn.Module, nn.Module] = {}
     for module in block.modules():
         stand_in = copies[module] = bare_copy(module)
-        stand_in.__class__ = stock_type(module)
         for name, value in vars(module).items():
             if isinstance(value, (dict, list, set)):
                 vars(stand_in)[name] = copy.copy(value)
@@ -404,7 +425,7 @@ def _stand_in(block: nn.Module) -> nn.Module:
 
 def _defaults(block: nn.Module) -> dict | None:
     """Values of the arguments that have one: a forward branches on them."""
-    parameters = inspect.signature(stock_type(block).forward).parameters
+    parameters = inspect.signature(type(block).forward).parameters
     return {
         name: parameter.default
         for name, parameter in parameters.items()

@@ -76,18 +76,26 @@ def test_tune_equals_stock(net, x, mode):
     assert runs(net) == ['fused'] * 3
 
 
-def test_buffers_of_the_convolution(net, x):
+def test_constants_of_the_fold_are_read_from_the_convolution(net, x):
+    before = [name for name, _ in net.named_buffers()]
     turn_on(net)
-    buffers = dict(net.named_buffers())
-    for conv, bn in PAIRS:
-        norm = net.get_submodule(bn)
-        rstd = (norm.running_var + norm.eps).rsqrt()
-        assert torch.allclose(buffers[f'{conv}.weight_coeff'].flatten(), rstd)
-        assert torch.equal(buffers[f'{conv}.bias_delta'], -norm.running_mean)
-        weight = net.get_submodule(conv).weight
-        assert (weight * buffers[f'{conv}.weight_coeff']).shape == weight.shape
+    for _ in range(2):
+        for name, bn in PAIRS:
+            conv, norm = net.get_submodule(name), net.get_submodule(bn)
+            listed = dict(conv.named_buffers('a'))
+            assert set(listed) == {'a.weight_coeff', 'a.bias_delta'}
+            assert not conv.state_dict().keys() & {'weight_coeff'}
+            rstd = (norm.running_var + norm.eps).rsqrt()
+            assert torch.allclose(conv.weight_coeff.flatten(), rstd)
+            assert torch.equal(conv.bias_delta, -norm.running_mean)
+            assert torch.equal(conv.bias_delta, listed['a.bias_delta'])
+            assert (conv.weight * conv.weight_coeff).shape == conv.weight.shape
+        # Whatever happens to the statistics.
+        randomize(net, seed=5)
+    assert [name for name, _ in net.named_buffers()] == before
     turn_off(net)
-    assert not any('coeff' in name for name, _ in net.named_buffers())
+    assert not hasattr(conv, 'weight_coeff')
+    assert not list(conv.named_buffers())
 
 
 def test_turn_off_gives_stock_back(net, x):

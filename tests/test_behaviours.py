@@ -460,7 +460,7 @@ def test_copies_work_and_share_nothing(duplicate, x):
         other.conv.weight.zero_()
     assert_equal_steps(step(stock, x), step(block, x))
     turn_off(other)
-    assert type(other.conv) is nn.Conv2d and type(block.conv) is not nn.Conv2d
+    assert 'tune=True' in repr(block) and 'tune=True' not in repr(other)
 
 
 def _saved(model):
@@ -732,20 +732,6 @@ def test_weights_made_by_a_pre_hook(wrap, x):
     turn_on(block)
     assert_equal_steps(step(stock, x), step(block, x))
     assert runs(block)[0] == 'fused'
-
-
-def test_a_type_that_cannot_be_derived_from_changes_nothing(x):
-
-    class Strict(Block):
-
-        def __init_subclass__(cls, name):
-            pass
-
-    block = randomize(Strict()).double().eval()
-    before = repr(block)
-    with pytest.raises(TypeError):
-        turn_on(block)
-    assert repr(block) == before and type(block.conv) is nn.Conv2d
 
 
 def test_a_block_that_restricts_its_attributes(x):

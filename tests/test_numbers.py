@@ -564,7 +564,9 @@ def test_folded_overflow_is_left_to_stock(values, x, mode, monkeypatch):
 
 def test_other_devices_are_asked_now_and_then(monkeypatch):
     """A GPU would have to wait for each answer."""
-    state = NormState(asked=False)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    turn_on(model)
+    state = model[1]._tune_norm
     elsewhere = SimpleNamespace(device=torch.device('meta'))
     folded = torch.ones(2), torch.ones(2)
     monkeypatch.setattr(behaviours, 'fold', lambda *_: folded)

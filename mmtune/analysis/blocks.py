@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mmtune.api import FoldedNorm
-from mmtune.class_swap import stock_type
 from mmtune.kinds import norm_kind
 from mmtune.report import Report
 
@@ -100,14 +99,14 @@ def list_blocks(model: nn.Module, report: Report) -> list[Block]:
     blocks = []
     for row in report.rows:
         norm = _unfolded(model, row.bn)
-        kind = norm_kind(norm, stock_type(norm))
+        kind = norm_kind(norm, type(norm))
         conv = None if row.conv is None else model.get_submodule(row.conv)
         blocks.append(
             Block(
                 conv=row.conv,
                 bn=row.bn,
-                conv_type=None if conv is None else stock_type(conv).__name__,
-                bn_type=stock_type(norm).__name__,
+                conv_type=None if conv is None else type(conv).__name__,
+                bn_type=type(norm).__name__,
                 mode=row.mode,
                 reason=row.reason,
                 bn_is_fixed=(not norm.training

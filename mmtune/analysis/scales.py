@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.analysis.blocks import list_blocks
-from mmtune.class_swap import stock_type
 from mmtune.functional import norm_coefficients
 from mmtune.kinds import norm_kind
 from mmtune.report import Report
@@ -92,7 +91,7 @@ def block_scales(model: nn.Module, report: Report) -> list[BlockScale]:
         if block.mode == 'stock':
             continue
         norm = model.get_submodule(block.bn)
-        kind = norm_kind(norm, stock_type(norm))
+        kind = norm_kind(norm, type(norm))
         assert kind is not None and block.conv is not None, 'in a block'
         weight, _, mean, var = kind.tensors(norm)
         assert mean is not None and var is not None, 'in a block'

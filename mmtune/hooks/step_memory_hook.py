@@ -9,8 +9,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.analysis import peak_on
-from mmtune.behaviours import FoldingNorm
-from mmtune.class_swap import behaviour_of
 from mmtune.registry import HOOKS
 
 __all__ = ['StepMemoryHook']
@@ -115,13 +113,13 @@ def _spared_bytes(model: nn.Module) -> Iterator[list[int]]:
     def add(norm: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         # A checkpoint runs the forward again, in the backward.
         in_backward = torch._C._current_graph_task_id() != -1
-        if (norm._tune_state.ran == 'fused' and output.requires_grad
+        if (norm._tune_norm.ran == 'fused' and output.requires_grad
                 and not in_backward):
             spared.append(output.nbytes)
 
     handles = [
         module.register_forward_hook(add) for module in model.modules()
-        if behaviour_of(module) is FoldingNorm
+        if '_tune_norm' in vars(module)
     ]
     try:
         yield spared

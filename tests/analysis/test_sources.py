@@ -18,7 +18,6 @@ from mmtune.analysis.sources import (
     trains_with_amp,
     tune_options,
 )
-from mmtune.class_swap import stock_type
 from tests import toy
 from tests.oracle import randomize
 
@@ -263,7 +262,7 @@ def test_a_config_of_a_tuned_model_is_built():
     config = Config(
         dict(model=dict(type='mmtune.TuneModeModel', architecture=RESNET)))
     model = build_model(config)
-    assert all(stock_type(m) is type(m) for m in model.modules())
+    assert all(type(m) is type(m) for m in model.modules())
     assert len(turn_on(model).rewritten) == 20
 
 
@@ -271,7 +270,7 @@ def test_a_callable_that_gives_a_tuned_model(monkeypatch):
     monkeypatch.setattr(toy, 'tuned', lambda: tuned(toy.conv_bns()),
                         raising=False)
     model = call_for_model('tests.toy:tuned')
-    assert all(stock_type(m) is type(m) for m in model.modules())
+    assert all(type(m) is type(m) for m in model.modules())
 
 
 def tuned(model):

@@ -274,7 +274,7 @@ def test_validation_and_test_alone(tmp_path):
         metrics.append((runner.val(), runner.test()))
     assert metrics[0] == metrics[1]
     assert set(latest_runs(runner.model).values()) == {'fused'}
-    assert not any(m._tune_state.keeps_fold for m in runner.model.modules()
+    assert not any(m._tune_norm.keeps_fold for m in runner.model.modules()
                    if isinstance(m, nn.BatchNorm2d))
 
 
@@ -337,7 +337,7 @@ def test_an_error_in_validation_ends_the_kept_folds(tmp_path, monkeypatch):
         runner.train()
     monkeypatch.undo()
     runner.val()
-    assert not any(m._tune_state.keeps_fold for m in runner.model.modules()
+    assert not any(m._tune_norm.keeps_fold for m in runner.model.modules()
                    if isinstance(m, nn.BatchNorm2d))
 
 

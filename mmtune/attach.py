@@ -1,0 +1,193 @@
+"""Give behaviour to a module that exists, and take it away again.
+
+The module keeps its class, since users, registries and tools ask for exact
+types. What it does differently hangs on the instance:
+
+- forward hooks, which PyTorch calls with the module that really runs, be it
+  a copy;
+- :class:`Override`, a method in the module's own ``__dict__``, where no hook
+  could do the work;
+- attributes whose names start with ``_tune_``.
+
+Nothing is looked up before it runs: a method that is replaced later, on the
+class or on the instance, is the one that runs from then on.
+"""
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    'Hook', 'Override', 'attach', 'bare_copy', 'detach', 'has_hooks',
+    'is_attached', 'overridden'
+]
+
+HOOKS = ('_forward_pre_hooks', '_forward_hooks')
+BACKWARD_HOOKS = ('_backward_pre_hooks', '_backward_hooks')
+# What torch notes of a hook beside the hook itself.
+HOOK_NOTES = ('_forward_pre_hooks_with_kwargs', '_forward_hooks_with_kwargs',
+              '_forward_hooks_always_called')
+
+
+class _Unscriptable:
+    """A callable that tells ``torch.jit.script`` what its user can do."""
+
+    @property
+    def __globals__(self) -> dict:
+        # Others ask for it as well, and go on without.
+        raise AttributeError(
+            'torch.jit.script cannot read a model in a mode of mmtune; call '
+            'mmtune.turn_off(model) before, and turn_on after if need be')
+
+
+class Hook(_Unscriptable):
+    """A forward hook or forward pre-hook that copies and pickles by name.
+
+    Args:
+        function (Callable): Of a module's top level, bound to its own name
+            as the hook.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+        self.__module__ = function.__module__
+
+    def __call__(self, *args: Any) -> Any:
+        """Do what the function does."""
+        return self.function(*args)
+
+    def __reduce__(self) -> str:
+        return self.__name__
+
+
+class Override(_Unscriptable):
+    """A method of one module in the place of its class's.
+
+    It follows its module through copies and pickles, and does not keep it
+    alive. A shallow copy of the module shares it: what depends on the module
+    that really runs has to come from a :class:`Hook`.
+
+    Args:
+        module (nn.Module): Whose method it is.
+        name (str): Name of the method.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module = weakref.ref(module)
+        self.name = name
+
+    @property
+    def module(self) -> Any:
+        """The module whose method it is."""
+        return self._module()
+
+    @property
+    def __func__(self) -> Callable:
+        """The method that the class has now, as of a bound method."""
+        return getattr(type(self.module), self.name)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """For ``inspect.signature``."""
+        return self.__func__.__get__(self.module)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that the class has now."""
+        return self.__func__(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> 'Override':
+        module = self.module
+        return type(self)(memo.get(id(module), module), self.name)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.module, self.name)
+
+
+def overridden(module: nn.Module, name: str) -> bool:
+    """Whether somebody else replaced a method on the instance.
+
+    Args:
+        module (nn.Module): Any module.
+        name (str): Name of a method.
+
+    Returns:
+        bool: False for what mmtune put there.
+    """
+    own = vars(module).get(name)
+    return own is not None and not isinstance(own, Override)
+
+
+def attach(module: nn.Module,
+           pre_hook: Hook | None = None,
+           hook: Hook | None = None,
+           overrides: dict[str, type[Override]] | None = None,
+           **state: Any) -> None:
+    """Give a module what mmtune hangs on it, each once.
+
+    Args:
+        module (nn.Module): Keeps its class, parameters, buffers and keys.
+        pre_hook (Hook, optional): Called with module, args and kwargs.
+        hook (Hook, optional): Called with module, args and output, after an
+            error as well.
+        overrides (dict[str, type[Override]], optional): Methods by name.
+        **state: Attributes; their names start with ``_tune_``.
+    """
+    if pre_hook is not None and not is_attached(module, pre_hook):
+        module.register_forward_pre_hook(pre_hook, with_kwargs=True)
+    if hook is not None and not is_attached(module, hook):
+        module.register_forward_hook(hook, always_call=True)
+    # Not through `__setattr__`, which a module may restrict.
+    vars(module).update(state)
+    vars(module).update({
+        name: override(module, name)
+        for name, override in (overrides or {}).items()
+    })
+
+
+def is_attached(module: nn.Module, hook: Hook) -> bool:
+    """Whether a module has a hook of mmtune's."""
+    return any(own is hook for name in HOOKS
+               for own in vars(module)[name].values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of anybody else's."""
+    return any(not isinstance(own, Hook)
+               for name in (*HOOKS, *BACKWARD_HOOKS)
+               for own in vars(module)[name].values())
+
+
+def detach(module: nn.Module) -> None:
+    """Take away all that :func:`attach` gave to a module."""
+    own = vars(module)
+    for hooks in HOOKS:
+        for key in [k for k, h in own[hooks].items() if isinstance(h, Hook)]:
+            del own[hooks][key]
+            for notes in HOOK_NOTES:
+                own[notes].pop(key, None)
+    for name, value in list(own.items()):
+        if name.startswith('_tune_') or isinstance(value, Override):
+            del own[name]
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Copy a module but none of what it holds, and without attachments.
+
+    Unlike ``copy.copy`` it takes parametrized modules, which forbid that.
+
+    Args:
+        module (nn.Module): Shares its attributes with the copy.
+
+    Returns:
+        nn.Module: Of the same class.
+    """
+    # Not `cls.__new__`, which some classes have made do something else.
+    copied: Any = object.__new__(type(module))
+    vars(copied).update({
+        name: value
+        for name, value in vars(module).items()
+        if not (name.startswith('_tune_') or isinstance(value, Override))
+    })
+    return copied
