@@ -44,6 +44,9 @@ class _Unscriptable:
 class Hook(_Unscriptable):
     """A forward hook or forward pre-hook that copies and pickles by name.
 
+    A tool that makes one module of several may move a pre-hook to it, without
+    the note that it takes keywords: there it does nothing.
+
     Args:
         function (Callable): Of a module's top level, bound to its own name
             as the hook.
@@ -56,7 +59,7 @@ class Hook(_Unscriptable):
 
     def __call__(self, *args: Any) -> Any:
         """Do what the function does."""
-        return self.function(*args)
+        return self.function(*args) if len(args) == 3 else None
 
     def __reduce__(self) -> str:
         return self.__name__

@@ -856,8 +856,12 @@ def call_norm(norm: nn.Module, args: tuple,
               kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a normalization: fold what it is given, or not."""
     state = vars(norm).get('_tune_norm')
-    if state is None or type(vars(norm).get('forward')) is not Forward:
+    if state is None:
         return settle(args), settle(kwargs)
+    if type(vars(norm).get('forward')) is not Forward:
+        args, kwargs = settle(args), settle(kwargs)
+        _note_stock(norm, state, args)
+        return args, kwargs
     args, kwargs = _positional(norm, args, kwargs)
     output = None
     if len(args) == 1 and is_deferred(args[0]) and not kwargs:

@@ -269,6 +269,13 @@ def _log_runs(runner: Runner, model: nn.Module, expect_folds: bool) -> None:
     runner.logger.info(
         'Blocks in the first iteration: ' +
         ', '.join(f'{count} {how}' for how, count in counts.most_common()))
+    replaced = [name for name, how in runs.items() if how == 'replaced']
+    if replaced:
+        runner.logger.warning(
+            f'{len(replaced)} of {len(runs)} blocks ran as stock since a '
+            f'layer of theirs was replaced (the first is {replaced[0]!r}); '
+            'whatever replaces layers has to come before TuneModeHook, whose '
+            'priority is VERY_HIGH')
     in_train_mode = [name for name, how in runs.items() if how == 'train mode']
     if in_train_mode and expect_folds:
         runner.logger.warning(

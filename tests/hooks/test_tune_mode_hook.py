@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,30 @@ def test_log_says_what_was_fused(tmp_path):
 def test_log_does_not_warn_without_need(tmp_path):
     runner = train(tmp_path, default_hooks=TUNE, **{KEY: ['backbone']})
     assert 'ran as stock' not in logged(runner)
+
+
+@HOOKS.register_module()
+class ReplaceNormsHook(Hook):
+    """Puts other BatchNorms in the place of those of the backbone."""
+
+    def before_train(self, runner):
+        backbone = runner.model.backbone
+        for name, module in backbone.named_children():
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(backbone, name, copy.deepcopy(module))
+
+
+@pytest.mark.filterwarnings('ignore:.*replaced after mmtune.turn_on')
+def test_log_says_what_another_hook_replaced(tmp_path):
+    runner = train(
+        tmp_path,
+        default_hooks=TUNE,
+        custom_hooks=[dict(type='RecordHook'),
+                      dict(type='ReplaceNormsHook')])
+    log = logged(runner)
+    assert log.count('2 replaced') == 1
+    assert log.count('2 of 3 blocks ran as stock since a layer of') == 1
+    assert "the first is 'backbone.1'" in log
 
 
 # FlexibleRunner loads before EMAHook has a model to load into: stock fails.
