@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_off, turn_on
 from mmtune.api import latest_runs
-from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
+from tests.oracle import assert_equal_steps, randomize, runs, step
 
 
 class Block(nn.Module):
@@ -216,6 +216,10 @@ class Asking(Block):
         return self.up_bn(self.up(self.bn(self.ask(y)).relu()))
 
 
+def plus_one(y: torch.Tensor) -> torch.Tensor:
+    return y + 1
+
+
 ASK = {
     'type': lambda self, y: y * 2 if isinstance(y, torch.Tensor) else y,
     'is_tensor': lambda self, y: y * 2 if torch.is_tensor(y) else y,
@@ -239,17 +243,25 @@ def test_a_promise_is_a_tensor_to_whoever_asks(ask, monkeypatch, x):
     assert_equal_steps(step(stock, x), step(tuned, x))
 
 
-def test_code_below_python_is_an_error_that_names_the_block(monkeypatch, x):
+def without_functions(self, y):
+    with torch._C.DisableTorchFunctionSubclass():
+        return y + 1
+
+
+@pytest.mark.parametrize('below, message', [
+    (without_functions, "output of 'conv' went into code"),
+    ('script', 'TorchScript interpreter'),  # which drops the message
+])
+@pytest.mark.filterwarnings('ignore:.*script')
+def test_code_below_python_is_an_error(below, message, monkeypatch, x):
+    if below == 'script':
+        scripted = torch.jit.script(plus_one)
+        below = lambda self, y: scripted(y)  # noqa: E731
     monkeypatch.setattr(Asking, 'ask', lambda self, y: y, raising=False)
     tuned = make_block(Asking)
     turn_on(tuned)
-
-    def below(self, y):
-        with torch._C.DisableTorchFunctionSubclass():
-            return y + 1
-
     monkeypatch.setattr(Asking, 'ask', below)
-    with pytest.raises(RuntimeError, match="output of 'conv' went into code"):
+    with pytest.raises(RuntimeError, match=message):
         tuned(x)
 
 

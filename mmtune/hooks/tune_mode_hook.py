@@ -49,7 +49,7 @@ class TuneModeHook(Hook):
         >>> efficient_conv_bn_eval = dict(modules=['backbone'], mode='Tune')
     """
 
-    # Before the EMAHook copies the model: it matches buffers by position.
+    # Before hooks that copy the model: their copies are to be in the mode too.
     priority = 'VERY_HIGH'
 
     def __init__(self,
