@@ -400,7 +400,8 @@ def _positional(module: nn.Module, args: tuple,
 def _own_code(layer: nn.Module, kind: ConvKind | NormKind) -> tuple | None:
     if patched(type(layer), kind):
         return None
-    return kind.code(type(layer))
+    # What a lazy layer turns into in its first call.
+    return kind.code(getattr(layer, 'cls_to_become', None) or type(layer))
 
 
 # --------------------------------------------------------------------------
@@ -463,7 +464,8 @@ class ConvState:
 
     def is_stock(self, conv: nn.Module) -> bool:
         """Whether the convolution runs the code that it is known by."""
-        return (self.methods.isdisjoint(vars(conv))
+        # A view goes through the shorter of the two.
+        return (not vars(conv).keys() & self.methods
                 and self.code == self.kind.code(type(conv)))
 
     def note_fold(self, norm: nn.Module, kind: NormKind,
@@ -731,7 +733,7 @@ class NormState:
 
     def is_stock(self, norm: nn.Module) -> bool:
         """Whether the normalization runs the code that it is known by."""
-        return (self.methods.isdisjoint(vars(norm))
+        return (not vars(norm).keys() & self.methods
                 and self.code == self.kind.code(type(norm)))
 
     def latest_run(self) -> str:

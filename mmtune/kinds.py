@@ -9,9 +9,12 @@ own, is never folded. To have a layer of your own folded, add a line::
     CONV_KINDS['mypackage.layers.MyConv'] = ConvKind()
 """
 import copy
+import functools
 import math
+import operator
 import os
 import types
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -26,19 +29,16 @@ __all__ = [
     'methods_of', 'norm_kind', 'patched'
 ]
 
-# What a layer's call may run of its class.
-METHODS = ('__call__', '_call_impl', 'forward', '_conv_forward',
-           '_output_padding', '_get_weight', '_check_input_dim')
-
-
 class _Kind:
     """What kinds of convolutions and of normalizations have in common.
 
     Attributes:
+        methods (tuple[str, ...]): What a layer's call runs of its class.
         functions (tuple[str, ...]): Functions of ``torch.nn.functional`` in
             whose place the fold runs.
     """
 
+    methods: tuple[str, ...] = ('__call__', '_call_impl', 'forward')
     functions: tuple[str, ...] = ()
 
     def code(self, layer_type: type) -> tuple:
@@ -50,10 +50,8 @@ class _Kind:
         Returns:
             tuple[Callable | None, ...]: To compare with what it was.
         """
-        # What a lazy layer turns into runs the same.
-        layer_type = getattr(layer_type, 'cls_to_become', None) or layer_type
-        return tuple([getattr(layer_type, name, None) for name in METHODS] +
-                     [getattr(F, name) for name in self.functions])
+        return (_attributes(layer_type, self.methods),
+                _attributes(F, self.functions))
 
 
 class ConvKind(_Kind):
@@ -184,6 +182,7 @@ class ConvKind(_Kind):
 class _Convolution(ConvKind):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
 
+    methods = (*ConvKind.methods, '_conv_forward')
     functions = ('conv1d', 'conv2d', 'conv3d')
 
     def run(self, conv, weight, bias, *inputs):
@@ -216,6 +215,7 @@ class _TransposedConvolution(ConvKind):
     The weight has the shape (in_channels, out_channels / groups, ...).
     """
 
+    methods = (*ConvKind.methods, '_output_padding')
     functions = ('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')
 
     def shape(self, conv):
@@ -299,6 +299,8 @@ class _StandardizedConvolution(_Convolution):
 
 class _AdaptiveStandardizedConvolution(_Convolution):
     """MMCV's ``ConvAWS2d``."""
+
+    methods = (*_Convolution.methods, '_get_weight')
 
     def weight(self, conv):
         return conv._get_weight(conv.weight)
@@ -408,6 +410,7 @@ class NormKind(_Kind):
 class _BatchNorm(NormKind):
     """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d``."""
 
+    methods = (*NormKind.methods, '_check_input_dim')
     functions = ('batch_norm', )
 
 
@@ -478,6 +481,18 @@ NORM_KINDS: dict[str, NormKind] = {
 Kind = TypeVar('Kind', ConvKind, NormKind)
 
 
+def _attributes(owner: Any, names: tuple[str, ...]) -> Any:
+    if torch.compiler.is_compiling():
+        return tuple([getattr(owner, name) for name in names])
+    return _getter(names)(owner)
+
+
+@functools.cache
+def _getter(names: tuple[str, ...]) -> Callable:
+    # It takes a thirtieth of the time of a loop.
+    return operator.attrgetter(*names) if names else lambda owner: ()
+
+
 def conv_kind(conv_type: type) -> ConvKind | None:
     """Look up the kind of a convolution.
 
@@ -543,7 +558,7 @@ def patched(layer_type: type, kind: ConvKind | NormKind) -> str | None:
         str | None: Name of the method or function, None where all is the
         code that the kind was written for.
     """
-    for name in METHODS:
+    for name in kind.methods:
         owner = next((c for c in layer_type.__mro__ if name in vars(c)), None)
         if owner is not None and owner.__module__.partition('.')[0] in (
                 'torch', 'mmcv', 'mmdet') and not _is_from(
@@ -579,7 +594,8 @@ def methods_of(layer_type: type) -> frozenset[str]:
         name
         for base in layer_type.__mro__ if base not in (nn.Module, object)
         for name, value in vars(base).items()
-        if callable(value) or isinstance(value, (staticmethod, classmethod))
+        if not name.startswith('__') and (
+            callable(value) or isinstance(value, (staticmethod, classmethod)))
     }
     return frozenset(names | {'_call_impl'}) - {
         'forward', 'extra_repr', 'named_buffers', 'train'
