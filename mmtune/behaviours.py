@@ -448,12 +448,12 @@ class FoldingNorm(HeldNorm):
         coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
         if not _can_fold(self, deferred, mean, var, coeff_shape):
             return None
-        x, *more = deferred.inputs
-        autocast_dtype = deferred.context[1]
-        if autocast_dtype is not None and x.dtype != torch.float64:
-            x = x.to(autocast_dtype)
+        # What was given is padded, not what is convolved: autocast has some
+        # paddings run in float32 whatever they get.
         linear_map: Any
-        x, linear_map = kind.linear_map(conv, x, *more) or (x, None)
+        x, linear_map = kind.linear_map(conv, *deferred.inputs) or (
+            deferred.inputs[0], None)
+        x = x.to(_convolved_dtype(x, deferred.context[1]))
         learned = (deferred.weight, deferred.bias, weight, bias)
         made_from = (*learned, mean, var)
         keeps = (
@@ -498,10 +498,12 @@ def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
     # for the batch.
     if x.dim() != weight.dim() or mean.numel() != math.prod(coeff_shape):
         return False
-    autocast_dtype = deferred.context[1]
-    if autocast_dtype is None and x.dtype != weight.dtype:
+    output_dtype, *others = [
+        _convolved_dtype(tensor, deferred.context[1])
+        for tensor in (x, weight, deferred.bias) if tensor is not None
+    ]
+    if any(dtype != output_dtype for dtype in others):
         return False
-    output_dtype = autocast_dtype or x.dtype
     norm_dtype = var.dtype
     if norm_dtype != output_dtype and not (
             kind.takes_half and norm_dtype == torch.float32
@@ -509,6 +511,18 @@ def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
         return False
     kind.check_input(norm, x)
     return True
+
+
+def _convolved_dtype(tensor: Tensor,
+                     autocast_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a convolution takes a tensor.
+
+    Autocast leaves float64 and what is no floating point number as they are.
+    """
+    if (autocast_dtype is None or tensor.dtype == torch.float64
+            or not tensor.is_floating_point()):
+        return tensor.dtype
+    return autocast_dtype
 
 
 def put_buffers(conv: nn.Module, weight_coeff: Tensor,

@@ -136,6 +136,17 @@ CONVS = {
     },
     'transposed, depthwise': (lambda: nn.ConvTranspose2d(
         6, 6, 2, stride=2, groups=6), (2, 6, 5, 5)),
+    **{
+        f"padding='same', kernel {kernel}, dilation {dilation}":
+        (lambda kernel=kernel, dilation=dilation: nn.Conv2d(
+            4, 6, kernel, padding='same', dilation=dilation), SHAPE)
+        for kernel, dilation in (((4, 4), 1), ((2, 6), 1), ((4, 3), 2),
+                                 ((4, 2), 3))
+    },
+    "padding='same', 1d": (lambda: nn.Conv1d(4, 6, 4, padding='same'),
+                           (2, 4, 9)),
+    "padding='same', 3d": (lambda: nn.Conv3d(
+        4, 6, (4, 3, 2), padding='same'), (2, 4, 6, 5, 4)),
     'linear': (lambda: nn.Linear(4, 6), (5, 4)),
     'linear, no bias': (lambda: nn.Linear(4, 6, bias=False), (5, 4)),
     'mmcv linear': (lambda: kinds_of_mmcv('Linear')(4, 6), (5, 4)),
@@ -400,3 +411,104 @@ def test_a_kind_of_ones_own(monkeypatch):
     assert not turn_on(model).left_out
     compare(model, stock, SHAPE, 'fused')
     assert 'CONV_KINDS[' in kinds.__doc__
+
+
+class PaddedTwice(nn.Sequential):
+    """Padded by a convolution, after an operator that autocast runs in half.
+
+    Its input is bfloat16 before autocast is asked.
+    """
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'),
+            nn.BatchNorm2d(6))
+
+
+def padded(dim, mode, **options):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+    return lambda: nn.Sequential(
+        conv(4, 6, 3, padding=1, padding_mode=mode, **options), NORMS[dim](6))
+
+
+UNDER_AUTOCAST = {
+    **{
+        f'{mode}, {dim}d': (padded(dim, mode), (2, 4, *[6] * dim))
+        for mode in ('zeros', 'reflect', 'replicate', 'circular')
+        for dim in (1, 2, 3)
+    },
+    'groups, no bias': (padded(2, 'reflect', groups=2, bias=False), SHAPE),
+    'half before': (PaddedTwice, SHAPE),
+    'same, uneven': (lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 4, padding='same'), nn.BatchNorm2d(6)), SHAPE),
+    'adaptive': (lambda: nn.Sequential(
+        mmcv('Conv2dAdaptivePadding', 4, 6, 3, stride=2), nn.BatchNorm2d(6)),
+                 (2, 4, 8, 7)),
+    'transposed': (lambda: nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)), SHAPE),
+    'linear': (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)),
+               (5, 4)),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    'build, shape', UNDER_AUTOCAST.values(), ids=UNDER_AUTOCAST)
+def test_dtypes_under_autocast(build, shape, dtype):
+    """Autocast runs some paddings in float32, what they are given or not."""
+    model = prepared(build()).float()
+    stock = stock_copy(model)
+    turn_on(model)
+
+    def call(model, x):
+        with torch.autocast('cpu', dtype):
+            return model(x)
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected, actual = step(stock, x, call), step(model, x, call)
+    assert actual['output 0'].dtype == dtype
+    assert_equal_steps(expected, actual, 16 * torch.finfo(dtype).eps)
+    assert runs(model) == ['fused']
+
+
+TAKEN_UNDER_AUTOCAST = {
+    # What is given, what the modules are, and what becomes of it.
+    'float32': (torch.float32, torch.float32, 'fused'),
+    'bfloat16': (torch.bfloat16, torch.float32, 'fused'),
+    'float64 throughout': (torch.float64, torch.float64, 'fused'),
+    'float64': (torch.float64, torch.float32, None),
+    'float64 weights': (torch.float32, torch.float64, None),
+    'uint8': (torch.uint8, torch.float32, None),
+    'int64': (torch.int64, torch.float32, None),
+    'bool': (torch.bool, torch.float32, None),
+    'complex64': (torch.complex64, torch.float32, None),
+}
+
+
+@pytest.mark.parametrize('build', [
+    lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)),
+    lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)),
+    padded(2, 'circular'),
+], ids=['plain', 'transposed', 'circular'])
+@pytest.mark.parametrize(
+    'given, own, expected', TAKEN_UNDER_AUTOCAST.values(),
+    ids=TAKEN_UNDER_AUTOCAST)
+def test_autocast_takes_what_stock_takes(build, given, own, expected):
+    """It leaves float64 and what is no floating point number as they are."""
+    model = prepared(build()).to(own)
+    stock = stock_copy(model)
+    turn_on(model)
+    x = torch.randint(0, 2, SHAPE).to(given)
+    with torch.autocast('cpu', torch.bfloat16):
+        if expected is None:
+            with pytest.raises(RuntimeError) as raised:
+                stock(x)
+            with pytest.raises(RuntimeError) as raised_too:
+                model(x)
+            assert str(raised_too.value) == str(raised.value)
+            return
+        wanted, actual = stock(x), model(x)
+    assert actual.dtype == wanted.dtype
+    torch.testing.assert_close(actual, wanted, rtol=.02, atol=.1)
+    assert runs(model) == [expected]
