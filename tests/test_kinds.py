@@ -1,4 +1,6 @@
 """Kinds of convolutions and normalizations against stock, in float64."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,8 +182,8 @@ def kinds_of_mmcv(name):
 
 
 def with_norm(conv, shape):
-    norm = NORMS[max(len(shape) - 2, 1)](6)
-    return nn.Sequential(conv, norm)
+    channels = conv.out_features if len(shape) == 2 else conv.out_channels
+    return nn.Sequential(conv, NORMS[max(len(shape) - 2, 1)](channels))
 
 
 def compare(model, stock, shape, expected):
@@ -512,3 +514,128 @@ def test_autocast_takes_what_stock_takes(build, given, own, expected):
     assert actual.dtype == wanted.dtype
     torch.testing.assert_close(actual, wanted, rtol=.02, atol=.1)
     assert runs(model) == [expected]
+
+
+PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def geometries(transposed):
+    for dim, groups, stride, dilation, padding in itertools.product(
+            (1, 2, 3), (1, 2), (1, 2, 3), (1, 2, 3), (0, 1)):
+        options = dict(
+            groups=groups, stride=stride, dilation=dilation, padding=padding)
+        if not transposed:
+            yield dim, options
+            continue
+        # What torch allows: below the stride or below the dilation.
+        for output_padding in range(max(stride, dilation)):
+            yield dim, dict(options, output_padding=output_padding)
+
+
+@pytest.mark.parametrize('dim, options', [
+    *[(PLAIN[dim], options) for dim, options in geometries(False)],
+    *[(TRANSPOSED[dim], options) for dim, options in geometries(True)],
+    (nn.ConvTranspose2d,
+     dict(stride=(1, 3), dilation=(3, 1), output_padding=(2, 1))),
+    (nn.ConvTranspose3d,
+     dict(stride=(2, 1, 1), dilation=(1, 3, 2), output_padding=(1, 2, 0))),
+], ids=lambda value: value.__name__ if isinstance(value, type) else
+    ' '.join(f'{k}={v}' for k, v in value.items()))
+def test_gradient_of_the_input_where_nothing_else_learns(dim, options):
+    """Its size is that of the input, whatever the geometry rounds off."""
+    conv = dim(4, 2, 2, **options)
+    size = 5 if conv.transposed else 7
+    shape = (2, 4, *[size] * len(conv.stride))
+    model = prepared(with_norm(conv, shape)).requires_grad_(False)
+    stock = stock_copy(model)
+    turn_on(model)
+    compare(model, stock, shape, 'fused')
+
+
+LAYERS = {
+    'plain': lambda: nn.Conv2d(4, 6, 3, padding=1),
+    'no bias': lambda: nn.Conv2d(4, 6, 3, bias=False),
+    'stride': lambda: nn.Conv2d(4, 6, 3, stride=2),
+    '1 x 1': lambda: nn.Conv2d(4, 6, 1),
+    '1 x 3': lambda: nn.Conv2d(4, 6, (1, 3)),
+    'depthwise': lambda: nn.Conv2d(4, 4, 3, groups=4),
+    'depthwise, 1 x 1': lambda: nn.Conv2d(4, 4, 1, groups=4),
+    'depthwise, several each': lambda: nn.Conv2d(4, 8, 3, groups=4),
+    'groups': lambda: nn.Conv2d(4, 6, 3, groups=2),
+    'one channel out': lambda: nn.Conv2d(4, 1, 3),
+    'one channel out, 1 x 1': lambda: nn.Conv2d(4, 1, 1),
+    'one channel in': lambda: nn.Conv2d(1, 6, 3),
+    'one channel': lambda: nn.Conv2d(1, 1, 3),
+    'reflect': lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'),
+    'same, uneven': lambda: nn.Conv2d(4, 4, 4, padding='same', groups=4),
+    'transposed': lambda: nn.ConvTranspose2d(4, 6, 3, stride=2),
+    'transposed, groups': lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+    'transposed, depthwise': lambda: nn.ConvTranspose2d(4, 4, 3, groups=4),
+    'transposed, one channel': lambda: nn.ConvTranspose2d(4, 1, 3),
+    'transposed, output padding': lambda: nn.ConvTranspose2d(
+        4, 6, 3, dilation=2, output_padding=1),
+    '1d': lambda: nn.Conv1d(4, 6, 3),
+    '1d, depthwise': lambda: nn.Conv1d(4, 4, 3, groups=4),
+    '3d': lambda: nn.Conv3d(4, 6, 3),
+    '3d, depthwise': lambda: nn.Conv3d(4, 4, 3, groups=4),
+    'linear': lambda: nn.Linear(4, 6),
+    'linear, no bias': lambda: nn.Linear(4, 6, bias=False),
+    'linear, one channel': lambda: nn.Linear(4, 1),
+    'linear, one input': lambda: nn.Linear(1, 6),
+}
+
+
+def strided(tensor, layout):
+    """The tensor with other strides; channels_last needs two dimensions."""
+    if layout == 'channels_last' and tensor.dim() > 3:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == 'transposed':
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.contiguous()
+
+
+def strides(model, x, learns, accumulated):
+    """Of the output and of each gradient, by name."""
+    learned = dict(model.named_parameters()) if learns else {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(learns)
+        parameter.grad = None
+    learned['x'] = x = x.detach().requires_grad_()
+    output = model(x)
+    # Those of a dimension of size 1 mean nothing; and only DDP reads them.
+    result = {'output': output.squeeze().stride()}
+    if accumulated:
+        output.square().sum().backward()
+        gradients = [tensor.grad for tensor in learned.values()]
+    else:
+        gradients = torch.autograd.grad(output.square().sum(),
+                                        learned.values())
+    result.update(zip(learned, (grad.stride() for grad in gradients)))
+    if not learns and output.size(1) == 1:
+        # Without the input, only a map of one channel says how it lay.
+        del result['x']
+    return result
+
+
+@pytest.mark.parametrize('of_input', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize(
+    'of_weight', ['contiguous', 'channels_last', 'transposed'])
+@pytest.mark.parametrize('build', LAYERS.values(), ids=LAYERS)
+def test_strides_are_those_of_stock(build, of_weight, of_input):
+    """DDP warns, and copies, where gradients are not as the parameters."""
+    torch.manual_seed(0)
+    conv = build()
+    sizes = [7] * (conv.weight.dim() - 2)
+    channels = conv.in_channels if sizes else conv.in_features
+    shape = (2, channels, *sizes)
+    conv.weight = nn.Parameter(strided(conv.weight.detach(), of_weight))
+    model = with_norm(conv, shape).eval()
+    stock = stock_copy(model)
+    turn_on(model)
+    for dtype, learns, accumulated in itertools.product(
+            (torch.float32, torch.float64), (True, False), (True, False)):
+        model.to(dtype), stock.to(dtype)
+        x = strided(torch.randn(shape, dtype=dtype), of_input)
+        assert strides(model, x, learns, accumulated) == strides(
+            stock, x, learns, accumulated), (dtype, learns, accumulated)
+        assert runs(model) == ['fused']
