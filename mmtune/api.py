@@ -449,8 +449,11 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')
         if conv.bias is None:
-            conv.bias = nn.Parameter(
-                bias.to(conv.weight), conv.weight.requires_grad)
+            # One that is made in inference mode could not learn outside.
+            with torch.inference_mode(False):
+                conv.bias = nn.Parameter(
+                    bias.to(conv.weight, copy=True),
+                    conv.weight.requires_grad)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         owner, _, name = match.norm.rpartition('.')

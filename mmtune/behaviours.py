@@ -543,8 +543,9 @@ def put_buffers(conv: nn.Module, weight_coeff: Tensor,
     if all(buffer is not None and buffer.shape == value.shape
            and buffer.device == value.device
            for buffer, value in zip(buffers, values)):
-        # In place: in inference mode new ones would stay unusable.
         torch._foreach_copy_(buffers, values)
         return
-    for name, value in zip(BUFFERS, values):
-        conv.register_buffer(name, value.clone(), persistent=False)
+    # What is made in inference mode could not be written outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        for name, value in zip(BUFFERS, values):
+            conv.register_buffer(name, value.clone(), persistent=False)
