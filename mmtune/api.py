@@ -26,7 +26,7 @@ from mmtune.class_swap import (
     type_with,
 )
 from mmtune.functional import fold, norm_coefficients
-from mmtune.kinds import ConvKind, conv_kind, norm_kind
+from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
 from mmtune.matching import (
     OWN_OPTION,
     LeftOut,
@@ -95,7 +95,7 @@ def turn_on(model: nn.Module,
             to None, the same as False: BatchNorms obey ``train()``.
 
     Returns:
-        Report: A row for every block, and for every BatchNorm left out.
+        Report: A row for every block, and for every normalization left out.
 
     Raises:
         TypeError: If ``model`` is no module, or ``modules`` no names.
@@ -288,11 +288,12 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
                      matches: Matches) -> None:
     if matches.pairs:
         return
-    if mode in ('Train', 'Eval') and matches.left_out:
+    if mode in ('Train', 'Eval') and any(
+            left.held for left in matches.left_out):
         return
     found = Counter(
         stock_type(m).__name__ for root in roots for m in root.modules()
-        if 'Norm' in stock_type(m).__name__)
+        if looks_like_norm(m, stock_type(m)))
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
@@ -353,6 +354,12 @@ def _kind(conv: nn.Module) -> ConvKind:
     kind = conv_kind(stock_type(conv))
     assert kind is not None, 'a match has a known convolution'
     return kind
+
+
+def _eps(norm: nn.Module) -> float:
+    kind = norm_kind(norm, stock_type(norm))
+    assert kind is not None, 'a match has a known normalization'
+    return kind.eps(norm)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -420,8 +427,8 @@ def _defer(name: str, conv: nn.Module, norm: nn.Module) -> None:
     # Layers that are not initialized yet get their buffers with the first
     # fold.
     if not is_lazy(norm.running_mean) and 0 not in kind.shape(conv):
-        rstd, bias_delta = norm_coefficients(norm.running_mean,
-                                             norm.running_var, norm.eps)
+        rstd, bias_delta = norm_coefficients(
+            norm.running_mean, norm.running_var, _eps(norm))
         weight_coeff = rstd.view(kind.coeff_shape(conv, kind.shape(conv)))
         put_buffers(conv, weight_coeff.to(norm.running_var.dtype),
                     bias_delta.to(norm.running_mean.dtype))
@@ -444,7 +451,8 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         norm = model.get_submodule(match.norm)
         weight, bias = fold(
             conv.weight, conv.bias, norm.weight, norm.bias,
-            *norm_coefficients(norm.running_mean, norm.running_var, norm.eps),
+            *norm_coefficients(norm.running_mean, norm.running_var,
+                               _eps(norm)),
             _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')
@@ -474,11 +482,11 @@ def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
     # A pair may be called by several blocks.
     pairs = dict.fromkeys((match.conv, match.norm) for match in matches.pairs)
     rows = [Row(conv, norm, mode) for conv, norm in pairs]
-    held = mode in ('Train', 'Eval')
-    rows += [
-        Row(left.conv, left.norm, mode if held else 'stock',
-            '' if held else left.reason) for left in matches.left_out
-    ]
+    for left in matches.left_out:
+        held = left.held and mode in ('Train', 'Eval')
+        rows.append(
+            Row(left.conv, left.norm, mode if held else 'stock',
+                '' if held else left.reason))
     in_train_mode = 0
     if mode == 'Tune':
         norms = [model.get_submodule(norm) for _, norm in pairs]

@@ -448,6 +448,7 @@ class FoldingNorm(HeldNorm):
         coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
         if not _can_fold(self, deferred, mean, var, coeff_shape):
             return None
+        eps = state.kind.eps(self)
         # What was given is padded, not what is convolved: autocast has some
         # paddings run in float32 whatever they get.
         linear_map: Any
@@ -460,10 +461,10 @@ class FoldingNorm(HeldNorm):
             state.keeps_fold and linear_map is not None
             and not needs_gradient(x, *learned))
         if keeps and state.kept_fold is not None and state.kept_fold.serves(
-                made_from, self.eps, x.dtype):
+                made_from, eps, x.dtype):
             return run_folded(linear_map, x, state.kept_fold.folded)
 
-        rstd, bias_delta = norm_coefficients(mean, var, self.eps)
+        rstd, bias_delta = norm_coefficients(mean, var, eps)
         put_buffers(conv, rstd.view(coeff_shape), bias_delta)
         fold_from: tuple = (*learned, rstd, bias_delta, coeff_shape)
         if x.dtype == torch.float16 and not state.fits_half(fold_from):
@@ -473,7 +474,7 @@ class FoldingNorm(HeldNorm):
             return kind.run(conv, *folded, *deferred.inputs)
         if not keeps:
             return fold_and_run(linear_map, x, *fold_from)
-        state.kept_fold = KeptFold(made_from, self.eps, fold(*fold_from),
+        state.kept_fold = KeptFold(made_from, eps, fold(*fold_from),
                                    x.dtype)
         return run_folded(linear_map, x, state.kept_fold.folded)
 
@@ -492,7 +493,8 @@ def _can_fold(norm: nn.Module, deferred: DeferredConv, mean: Tensor | None,
     kind = norm._tune_state.kind
     x, weight = deferred.inputs[0], deferred.weight
     if (mean is None or var is None or not kind.is_fixed(norm)
-            or not deferred.foldable()):
+            or not deferred.foldable()
+            or not kind.computes_formula(norm, x)):
         return False
     # Without a batch dimension the normalization would take the channels
     # for the batch.
