@@ -18,7 +18,7 @@ from mmtune.behaviours import (
     release,
 )
 from mmtune.functional import fold, norm_coefficients
-from mmtune.kinds import ConvKind, conv_kind, norm_kind
+from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
 from mmtune.matching import (
     OWN_OPTION,
     LeftOut,
@@ -87,7 +87,7 @@ def turn_on(model: nn.Module,
             to None, the same as False: BatchNorms obey ``train()``.
 
     Returns:
-        Report: A row for every block, and for every BatchNorm left out.
+        Report: A row for every block, and for every normalization left out.
 
     Raises:
         TypeError: If ``model`` is no module, or ``modules`` no names.
@@ -278,11 +278,12 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
                      matches: Matches) -> None:
     if matches.pairs:
         return
-    if mode in ('Train', 'Eval') and matches.left_out:
+    if mode in ('Train', 'Eval') and any(
+            left.held for left in matches.left_out):
         return
     found = Counter(
         type(m).__name__ for root in roots for m in root.modules()
-        if 'Norm' in type(m).__name__)
+        if looks_like_norm(m, type(m)))
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
@@ -337,6 +338,12 @@ def _kind(conv: nn.Module) -> ConvKind:
     return kind
 
 
+def _eps(norm: nn.Module) -> float:
+    kind = norm_kind(norm, type(norm))
+    assert kind is not None, 'a match has a known normalization'
+    return kind.eps(norm)
+
+
 # --------------------------------------------------------------------------
 # Changes
 # --------------------------------------------------------------------------
@@ -387,13 +394,17 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         norm = model.get_submodule(match.norm)
         weight, bias = fold(
             conv.weight, conv.bias, norm.weight, norm.bias,
-            *norm_coefficients(norm.running_mean, norm.running_var, norm.eps),
+            *norm_coefficients(norm.running_mean, norm.running_var,
+                               _eps(norm)),
             _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')
         if conv.bias is None:
-            conv.bias = nn.Parameter(
-                bias.to(conv.weight), conv.weight.requires_grad)
+            # One that is made in inference mode could not learn outside.
+            with torch.inference_mode(False):
+                conv.bias = nn.Parameter(
+                    bias.to(conv.weight, copy=True),
+                    conv.weight.requires_grad)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         owner, _, name = match.norm.rpartition('.')
@@ -418,11 +429,11 @@ def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
         if reason and mode == 'Tune' else Row(conv, norm, mode)
         for (conv, norm), reason in pairs.items()
     ]
-    held = mode in ('Train', 'Eval')
-    rows += [
-        Row(left.conv, left.norm, mode if held else 'stock',
-            '' if held else left.reason) for left in matches.left_out
-    ]
+    for left in matches.left_out:
+        held = left.held and mode in ('Train', 'Eval')
+        rows.append(
+            Row(left.conv, left.norm, mode if held else 'stock',
+                '' if held else left.reason))
     in_train_mode = 0
     if mode == 'Tune':
         norms = [model.get_submodule(norm) for _, norm in pairs]

@@ -602,7 +602,8 @@ class ConvBuffers(dict):
         if mean is None or var is None or is_lazy(mean) or shape is None:
             return None
         with torch.no_grad():
-            rstd, bias_delta = norm_coefficients(mean, var, norm.eps)
+            rstd, bias_delta = norm_coefficients(
+                mean, var, self.conv_state.norm_kind.eps(norm))
             return rstd.view(shape).to(var.dtype), bias_delta.to(mean.dtype)
 
 
@@ -790,22 +791,23 @@ class NormState:
         conv_state = vars(conv).get('_tune_conv')
         if conv_state is not None:
             conv_state.note_fold(norm, self.kind, coeff_shape)
-        x, *more = deferred.inputs
-        autocast_dtype = deferred.context[1]
-        if autocast_dtype is not None and x.dtype != torch.float64:
-            x = x.to(autocast_dtype)
+        eps = self.kind.eps(norm)
+        # What was given is padded, not what is convolved: autocast has some
+        # paddings run in float32 whatever they get.
         linear_map: Any
-        x, linear_map = kind.linear_map(conv, x, *more) or (x, None)
+        x, linear_map = kind.linear_map(conv, *deferred.inputs) or (
+            deferred.inputs[0], None)
+        x = x.to(_convolved_dtype(x, deferred.context[1]))
         learned = (deferred.weight, deferred.bias, weight, bias)
         made_from = (*learned, mean, var)
         keeps = (
             self.keeps_fold and linear_map is not None
             and not needs_gradient(x, *learned))
         if keeps and self.kept_fold is not None and self.kept_fold.serves(
-                made_from, norm.eps, x.dtype):
+                made_from, eps, x.dtype):
             return run_folded(linear_map, x, self.kept_fold.folded)
 
-        rstd, bias_delta = norm_coefficients(mean, var, norm.eps)
+        rstd, bias_delta = norm_coefficients(mean, var, eps)
         fold_from: tuple = (*learned, rstd, bias_delta, coeff_shape)
         if x.dtype == torch.float16 and not self.fits_half(fold_from):
             return None
@@ -814,7 +816,7 @@ class NormState:
             return kind.run(conv, *folded, *deferred.inputs)
         if not keeps:
             return fold_and_run(linear_map, x, *fold_from)
-        self.kept_fold = KeptFold(made_from, norm.eps, fold(*fold_from),
+        self.kept_fold = KeptFold(made_from, eps, fold(*fold_from),
                                   x.dtype)
         return run_folded(linear_map, x, self.kept_fold.folded)
 
@@ -834,16 +836,19 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
     kind = norm._tune_norm.kind
     x, weight = deferred.inputs[0], deferred.weight
     if (mean is None or var is None or not kind.is_fixed(norm)
-            or not deferred.foldable()):
+            or not deferred.foldable()
+            or not kind.computes_formula(norm, x)):
         return False
     # Without a batch dimension the normalization would take the channels
     # for the batch.
     if x.dim() != weight.dim() or mean.numel() != math.prod(coeff_shape):
         return False
-    autocast_dtype = deferred.context[1]
-    if autocast_dtype is None and x.dtype != weight.dtype:
+    output_dtype, *others = [
+        _convolved_dtype(tensor, deferred.context[1])
+        for tensor in (x, weight, deferred.bias) if tensor is not None
+    ]
+    if any(dtype != output_dtype for dtype in others):
         return False
-    output_dtype = autocast_dtype or x.dtype
     norm_dtype = var.dtype
     if norm_dtype != output_dtype and not (
             kind.takes_half and norm_dtype == torch.float32
@@ -851,6 +856,18 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
         return False
     kind.check_input(norm, x)
     return True
+
+
+def _convolved_dtype(tensor: Tensor,
+                     autocast_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a convolution takes a tensor.
+
+    Autocast leaves float64 and what is no floating point number as they are.
+    """
+    if (autocast_dtype is None or tensor.dtype == torch.float64
+            or not tensor.is_floating_point()):
+        return tensor.dtype
+    return autocast_dtype
 
 
 @Hook

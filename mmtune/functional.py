@@ -73,10 +73,16 @@ class Convolution(NamedTuple):
                 for size, out, s, p, d, k in zip(
                     input_shape[2:], grad_output.shape[2:], self.stride,
                     self.padding, self.dilation, weight.shape[2:]))
-        return torch.convolution(grad_output, weight, None, self.stride,
-                                 self.padding, self.dilation,
-                                 not self.transposed, output_padding,
-                                 self.groups)
+        gradient = torch.convolution(grad_output, weight, None, self.stride,
+                                     self.padding, self.dilation,
+                                     not self.transposed, output_padding,
+                                     self.groups)
+        if gradient.shape == input_shape:
+            return gradient
+        # An output padding of a stride or more gives positions beyond those
+        # of the input. Copied, to lie as densely as torch's own gradient.
+        inside = [slice(size) for size in input_shape[2:]]
+        return gradient[(..., *inside)].clone()
 
 
 class Product:
@@ -93,8 +99,12 @@ class Product:
     def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
                   needs_x: bool) -> tuple[Tensor | None, Tensor]:
         """See :meth:`Convolution.gradients`."""
-        return (grad_output.mm(weight) if needs_x else None,
-                grad_output.t().mm(x))
+        # In which order decides the strides of the result: as torch's own.
+        if weight.stride() == (weight.size(1), 1):
+            grad_weight = grad_output.t().mm(x)
+        else:
+            grad_weight = x.t().mm(grad_output).t()
+        return grad_output.mm(weight) if needs_x else None, grad_weight
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor,
                        input_shape: torch.Size) -> Tensor:
@@ -143,10 +153,22 @@ def _by_group(weight: Tensor, coeff_shape: tuple[int, ...]) -> Tensor:
 
 def _fold_weight(weight: Tensor, coeff: Tensor,
                  coeff_shape: tuple[int, ...]) -> Tensor:
-    coeff = coeff.view(coeff_shape)
-    if coeff.dim() == weight.dim():
-        return weight * coeff
-    return (_by_group(weight, coeff_shape) * coeff).view_as(weight)
+    folded = _by_group(weight, coeff_shape) * coeff.view(coeff_shape)
+    return _strided_as(folded.view_as(weight), weight.stride())
+
+
+def _strided_as(product: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A product with the strides of its factor.
+
+    Those of dimensions of size 1 say nothing of where the elements are, and
+    products do not keep them; but from them kernels tell channels_last, by
+    which they choose the strides of their results.
+    """
+    if product.stride() == strides or any(
+            one != other and size != 1 for one, other, size in zip(
+                product.stride(), strides, product.shape)):
+        return product
+    return product.as_strided(product.shape, strides)
 
 
 def fold(weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
@@ -274,8 +296,9 @@ class _FoldAndRun(torch.autograd.Function):
         if x is not None:
             grad_x, grad_folded_weight = ctx.linear_map.gradients(
                 grad_output, x, folded_weight, needs_x)
-            grad_folded_weight = _by_group(
-                grad_folded_weight.to(coeff.dtype), coeff_shape)
+            grad_folded_weight = grad_folded_weight.to(coeff.dtype)
+            strides = grad_folded_weight.stride()
+            grad_folded_weight = _by_group(grad_folded_weight, coeff_shape)
         elif needs_x:
             grad_x = ctx.linear_map.input_gradient(grad_output, folded_weight,
                                                    ctx.input_shape)
@@ -300,7 +323,8 @@ class _FoldAndRun(torch.autograd.Function):
             multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_
             grad_weight = multiply(grad_folded_weight,
                                    coeff.view(coeff_shape))
-            grad_weight = grad_weight.view_as(weight).to(weight.dtype)
+            grad_weight = _strided_as(
+                grad_weight.view_as(weight), strides).to(weight.dtype)
         if needs_bias:
             grad_bias = (grad_folded_bias * coeff).to(bias.dtype)
         if needs_shift:

@@ -8,11 +8,11 @@ own, is never folded. To have a layer of your own folded, add a line::
 
     CONV_KINDS['mypackage.layers.MyConv'] = ConvKind()
 """
-import copy
 import functools
 import math
 import operator
 import os
+import re
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtune.attach import bare_copy
+from mmtune.frozen import Frozen, frozen, still_is
 from mmtune.functional import Convolution, LinearMap, Product
 
 __all__ = [
     'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'NormKind', 'conv_kind',
-    'methods_of', 'norm_kind', 'patched'
+    'looks_like_conv', 'looks_like_norm', 'methods_of', 'norm_kind',
+    'patched', 'why_not_folded'
 ]
 
 class _Kind:
@@ -162,7 +164,6 @@ class ConvKind(_Kind):
             called.
         """
         return None
-
 
     def branches(self, conv: nn.Module,
                  *inputs: Any) -> list[tuple['ConvKind', nn.Module, tuple]]:
@@ -353,6 +354,8 @@ class _Trident(ConvKind):
 
 
 _TRIDENT_BRANCH = _TridentBranch()
+
+
 class NormKind(_Kind):
     """A normalization by statistics that it keeps (``nn.BatchNorm2d``).
 
@@ -383,6 +386,29 @@ class NormKind(_Kind):
                     own['running_var'])
         except KeyError:  # parametrized
             return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+    def eps(self, norm: nn.Module) -> float:
+        """Give what a call of now would add to the variance.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+
+        Returns:
+            float: The attribute, or what the forward has in its place.
+        """
+        return norm.eps
+
+    def computes_formula(self, norm: nn.Module, x: Tensor) -> bool:
+        """Whether a call of now would compute it, if statistics are fixed.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+            x (Tensor): Of as many dimensions as its input would have.
+
+        Returns:
+            bool: False where the module is no longer what was known.
+        """
+        return True
 
     def is_fixed(self, norm: nn.Module) -> bool:
         """Whether a call of now would use the running statistics.
@@ -436,9 +462,22 @@ class _SyncBatchNormOfMMCV(NormKind):
 
 
 class _FrozenNorm(NormKind):
-    """A ``FrozenBatchNorm2d``: four buffers, in train mode too."""
+    """A ``FrozenBatchNorm2d``: four buffers, in train mode too.
+
+    Args:
+        found (Frozen): What trying its forward has shown.
+    """
 
     takes_half = False
+
+    def __init__(self, found: Frozen) -> None:
+        self.found = found
+
+    def eps(self, norm):
+        return norm.eps if self.found.eps is None else self.found.eps
+
+    def computes_formula(self, norm, x):
+        return x.dim() == 4 and still_is(norm, self.found)
 
     def is_fixed(self, norm):
         return True
@@ -525,8 +564,9 @@ def norm_kind(norm: nn.Module, norm_type: type) -> NormKind | None:
         NormKind | None: None for anything that must run as it is.
     """
     kind, known = _known(norm_type, NORM_KINDS)
-    if kind is None and _is_frozen_norm(norm):
-        return _FROZEN_NORM
+    if kind is None:
+        found = frozen(norm, norm_type)
+        return _FrozenNorm(found) if isinstance(found, Frozen) else None
     return kind if _same_code(norm_type, known, '__call__',
                               'forward') else None
 
@@ -602,36 +642,6 @@ def methods_of(layer_type: type) -> frozenset[str]:
     }
 
 
-_FROZEN_NORM = _FrozenNorm()
-_FROZEN_BUFFERS = {'weight', 'bias', 'running_mean', 'running_var'}
-
-
-def _is_frozen_norm(norm: nn.Module) -> bool:
-    """Whether this is what torchvision and detectron2 call frozen.
-
-    Several projects have a class of that name, with or without ``eps``: it
-    has to compute the formula, here with a variance as small as ``eps``.
-    """
-    if ('FrozenBatchNorm' not in type(norm).__name__ or norm._parameters
-            or set(norm._buffers) - {'num_batches_tracked'} != _FROZEN_BUFFERS
-            or not isinstance(getattr(norm, 'eps', None), float)
-            or 'forward' in vars(norm)):
-        return False
-    probe = copy.deepcopy(norm).to(torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    channels = norm.running_mean.numel()
-    values = torch.rand(6, channels, generator=generator, dtype=torch.float64)
-    weight, bias, mean, var, *x = values
-    var = var * norm.eps
-    probe._buffers.update(
-        weight=weight, bias=bias, running_mean=mean, running_var=var)
-    x = torch.stack(x).view(2, channels, 1, 1)
-    expected = F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
-    with torch.no_grad():
-        actual = probe(x)
-    return torch.allclose(actual, expected, rtol=1e-10)
-
-
 def looks_like_conv(module: nn.Module) -> bool:
     """Whether a module is some convolution, be it of a known kind or not."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
@@ -640,3 +650,68 @@ def looks_like_conv(module: nn.Module) -> bool:
     return 'conv' in type(module).__name__.lower() and (
         'weight' in module._parameters or 'weight' in vars(module)
         or hasattr(type(module), 'weight'))
+
+
+# They keep no statistics, or may be asked not to.
+_OF_THE_INPUT = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm,
+                 nn.CrossMapLRN2d, nn.modules.instancenorm._InstanceNorm,
+                 *([nn.RMSNorm] if hasattr(nn, 'RMSNorm') else []))
+# Not: normed weights, normal vectors, the normalizing of images.
+_NORM_NAME = re.compile('norm(?!ed|al(?!ization))', re.IGNORECASE)
+
+
+def looks_like_norm(module: nn.Module, cls: type) -> bool:
+    """Whether a module is some normalization, be it of a known kind or not.
+
+    Args:
+        module (nn.Module): The module.
+        cls (type): Its class, or the one to take for it.
+
+    Returns:
+        bool: False for what only holds normalizations or convolutions.
+    """
+    if isinstance(module, (nn.modules.batchnorm._NormBase, *_OF_THE_INPUT)):
+        return True
+    if (looks_like_conv(module) or isinstance(module, nn.Identity)
+            or cls.__module__ == 'torch.nn.utils.parametrizations'):
+        return False
+    own = {**module._parameters, **module._buffers}
+    own = {name: tensor for name, tensor in own.items() if tensor is not None}
+    if {'running_mean', 'running_var'} <= own.keys():
+        return True
+    # A scale and a shift of each channel, as an AffineChannel has.
+    affine = (own.keys() == {'weight', 'bias'}
+              and own['weight'].dim() == own['bias'].dim() == 1)
+    return (affine or _NORM_NAME.search(cls.__name__) is not None) and not any(
+        looks_like_conv(part) or looks_like_norm(part, type(part))
+        for part in module.modules() if part is not module)
+
+
+def why_not_folded(norm: nn.Module, norm_type: type) -> str | None:
+    """Say why a normalization is never folded, whatever comes before it.
+
+    Args:
+        norm (nn.Module): What looks like one.
+        norm_type (type): Its class, or the one to take for it.
+
+    Returns:
+        str | None: The reason; None for one that may be folded.
+    """
+    name = norm_type.__name__
+    keeps = norm._buffers.get('running_mean') is not None
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if norm_kind(norm, norm_type) is None:
+            return f'{name} overrides the forward of BatchNorm'
+        return None if keeps else 'the BN has no running statistics'
+    if not keeps:
+        if isinstance(norm, _OF_THE_INPUT) and norm_type.__module__.startswith(
+                'torch.nn.'):
+            return (f'{name} computes its statistics from the batch at hand: '
+                    'there is nothing to fold')
+        return f'{name} keeps no running statistics that could be folded'
+    found = frozen(norm, norm_type)
+    if isinstance(found, str):
+        return found
+    if norm_kind(norm, norm_type) is None:
+        return f'{name} is not a normalization that mmtune knows'
+    return None

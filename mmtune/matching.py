@@ -22,12 +22,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from mmtune.attach import bare_copy, overridden
+from mmtune.frozen import forget_probes
 from mmtune.kinds import (
     conv_kind,
     looks_like_conv,
+    looks_like_norm,
     methods_of,
     norm_kind,
     patched,
+    why_not_folded,
 )
 
 __all__ = [
@@ -71,11 +74,13 @@ class LeftOut(NamedTuple):
         norm (str): Its name.
         conv (str, optional): The convolution before it, where there is one.
         reason (str): Why the two are no pair.
+        held (bool): Whether modes hold it in train or in eval mode.
     """
 
     norm: str
     conv: str | None
     reason: str
+    held: bool = True
 
 
 class Matches(NamedTuple):
@@ -95,6 +100,12 @@ def _is_norm(module: nn.Module) -> bool:
         module, type(module)) is not None
 
 
+def _is_held(norm: nn.Module) -> bool:
+    """Whether train and eval mode differ for a normalization."""
+    return isinstance(norm, _BatchNorm) or (
+        _is_norm(norm) and why_not_folded(norm, type(norm)) is None)
+
+
 def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
     """Find the Conv -> BN pairs below some modules. Changes nothing.
 
@@ -103,9 +114,10 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         roots (Sequence[nn.Module]): Modules of ``model`` to search.
 
     Returns:
-        Matches: Pairs in the order of the traces, and every other BatchNorm
-        below ``roots`` with its reason.
+        Matches: Pairs in the order of the traces, and every other
+        normalization below ``roots`` with its reason.
     """
+    forget_probes()
     search = _Search(model, roots)
     for block in {m: None for root in roots for m in root.modules()}:
         if any(_is_layer(module) for module in _own_modules(block)):
@@ -118,13 +130,18 @@ class _Search:
 
     Args:
         model (nn.Module): Gives the names.
-        roots (Sequence[nn.Module]): Modules whose BatchNorms are asked for.
+        roots (Sequence[nn.Module]): Modules whose normalizations are asked
+            for.
     """
 
     def __init__(self, model: nn.Module, roots: Sequence[nn.Module]) -> None:
         self.names = {m: name for name, m in model.named_modules()}
         # Dicts for their order.
-        self.norms = {m: None for root in roots for m in norms_of(root)}
+        self.norms = {
+            m: None
+            for root in roots for m in root.modules()
+            if _is_norm(m) or looks_like_norm(m, type(m))
+        }
         # By block, convolution and norm: what the block calls the two, and
         # whether there was only one way.
         self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], tuple] = {}
@@ -176,9 +193,10 @@ class _Search:
                 continue
             conv, reason = self.reasons.get(
                 norm, (None, 'no traced forward calls it'))
+            never = why_not_folded(norm, type(norm))
             left_out.append(
                 LeftOut(self.names[norm], None if conv is None else
-                        self.names[conv], reason))
+                        self.names[conv], never or reason, _is_held(norm)))
         return Matches(pairs, left_out)
 
 
@@ -284,12 +302,7 @@ def _why_stock(layer: nn.Module) -> str:
 def _unfit_norm(norm: nn.Module) -> str | None:
     if overridden(norm, 'forward'):
         return "the BN's forward is replaced on the instance"
-    if norm_kind(norm, type(norm)) is None:
-        return (f'{type(norm).__name__} overrides the forward of '
-                'BatchNorm')
-    if norm.running_mean is None or norm.running_var is None:
-        return 'the BN has no running statistics'
-    return None
+    return why_not_folded(norm, type(norm))
 
 
 def _unfit(conv: nn.Module, norm: nn.Module) -> str | None:

@@ -7,12 +7,12 @@ __all__ = ['Report', 'Row']
 
 @dataclass(frozen=True)
 class Row:
-    """One block, or one BatchNorm that belongs to none.
+    """One block, or one normalization that belongs to none.
 
     Attributes:
         conv (str, optional): Name of the convolution, None where the
-            BatchNorm does not follow one.
-        bn (str): Name of the BatchNorm.
+            normalization does not follow one.
+        bn (str): Name of the normalization, a BatchNorm most often.
         mode (str): ``'Train'``, ``'Eval'``, ``'Tune'`` or ``'Deploy'``, or
             ``'stock'`` for what is left out.
         reason (str): Why it is left out, else empty.
@@ -26,7 +26,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows for every block and every BatchNorm of the chosen modules.
+    """Rows for every block and normalization of the chosen modules.
 
     ``print(report)`` shows them as a table.
 

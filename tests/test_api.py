@@ -41,6 +41,8 @@ def x():
 
 PAIRS = [('backbone.0', 'backbone.1'), ('backbone.3', 'backbone.4'),
          ('head.0', 'head.1')]
+# A GroupNorm.
+OTHER = ('neck.0', 'neck.1')
 
 
 def facts(model):
@@ -66,7 +68,7 @@ def test_tune_equals_stock(net, x, mode):
     report = turn_on(net, mode=mode)
     assert report.mode == 'Tune'
     assert [(r.conv, r.bn) for r in report.rewritten] == PAIRS
-    assert not report.left_out
+    assert [(r.conv, r.bn) for r in report.left_out] == [OTHER]
     assert_same_facts(before, facts(net))
     for (_, module), (_, other) in zip(net.named_modules(),
                                        stock.named_modules()):
@@ -140,7 +142,8 @@ def test_switching_modes(net, x, first, second):
 def test_train_and_eval_hold_every_bn(net, x, mode, training):
     stock, before = stock_copy(net), facts(net)
     report = turn_on(net, mode)
-    assert {row.mode for row in report.rows} == {mode}
+    assert {row.mode for row in report.rewritten} == {mode}
+    assert [(r.conv, r.bn) for r in report.left_out] == [OTHER]
     for asked in (True, False, True):
         net.train(asked)
         stock.train(asked)
@@ -187,7 +190,8 @@ def test_without_norm_eval_bns_obey(net):
 def test_modules_restrict(net, x):
     stock = stock_copy(net)
     report = turn_on(net, modules=['backbone', 'neck'])
-    assert [row.bn for row in report.rows] == ['backbone.1', 'backbone.4']
+    assert [row.bn for row in report.rewritten] == ['backbone.1', 'backbone.4']
+    assert [row.bn for row in report.left_out] == ['neck.1']
     assert list(latest_runs(net)) == ['backbone.1', 'backbone.4']
     assert_equal_steps(step(stock, x), step(net, x))
     turn_on(net, modules='head')
@@ -207,7 +211,7 @@ def test_deploy_folds_for_good(net, x):
     stock = stock_copy(net)
     weights = {conv: net.get_submodule(conv).weight for conv, _ in PAIRS}
     report = turn_on(net, 'Deploy')
-    assert [row.mode for row in report.rows] == ['Deploy'] * 3
+    assert [row.mode for row in report.rows] == ['Deploy'] * 3 + ['stock']
     for conv, bn in PAIRS:
         assert isinstance(net.get_submodule(bn), nn.Identity)
         assert isinstance(net.get_submodule(bn), FoldedNorm)
@@ -556,8 +560,9 @@ def test_blocks_of_generated_code_are_left_out(net, x):
     net.head = torch.fx.symbolic_trace(net.head)
     stock = stock_copy(net)
     report = turn_on(net)
-    assert [row.bn for row in report.left_out] == ['head.1']
-    assert 'its code was generated' in report.left_out[0].reason
+    reasons = {row.bn: row.reason for row in report.left_out}
+    assert reasons.keys() == {'neck.1', 'head.1'}
+    assert 'its code was generated' in reasons['head.1']
     copy.deepcopy(net)
     assert_equal_steps(step(stock, x), step(net, x))
 

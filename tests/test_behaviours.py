@@ -1,7 +1,9 @@
 """Exactness for whatever a forward does between and around a pair."""
+import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -684,6 +686,70 @@ def test_buffers_survive_inference_mode(x):
         block(x)
     assert not block.conv.weight_coeff.is_inference()
     block.conv.weight_coeff.add_(0)
+
+
+MODES_OF_THE_CALLER = {
+    'inference': torch.inference_mode,
+    'no_grad': torch.no_grad,
+    'inference in no_grad': lambda: contexts(
+        torch.no_grad(), torch.inference_mode()),
+    'grad in inference': lambda: contexts(
+        torch.inference_mode(), torch.enable_grad()),
+}
+
+
+@contextlib.contextmanager
+def contexts(*managers):
+    with contextlib.ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
+        yield
+
+
+@pytest.mark.parametrize(
+    'context', MODES_OF_THE_CALLER.values(), ids=MODES_OF_THE_CALLER)
+@pytest.mark.parametrize('mode, norm_eval', [
+    ('Tune', None), ('Tune', True), ('Eval', None), ('Deploy', None)
+])
+@pytest.mark.parametrize('bias', [True, False])
+def test_turned_on_in_a_mode_of_the_caller(context, mode, norm_eval, bias, x):
+    """What is made there serves in training, as if made outside."""
+
+    def build():
+        torch.manual_seed(0)
+        return randomize(
+            nn.Sequential(
+                nn.Conv2d(3, 4, 3, bias=bias),
+                nn.BatchNorm2d(4, affine=bias))).double().eval()
+
+    outside, inside = build(), build()
+    turn_on(outside, mode, norm_eval=norm_eval)
+    with context():
+        turn_on(inside, mode, norm_eval=norm_eval)
+    for tensor in itertools.chain(inside.parameters(), inside.buffers()):
+        assert not tensor.is_inference()
+    for _ in range(2):
+        expected, actual = step(outside, x), step(inside, x)
+        assert_equal_steps(expected, actual, 0)
+    assert runs(inside) == (['fused'] if mode == 'Tune' else [])
+
+
+def test_channels_removed_before_a_call_in_inference_mode(x):
+    """What a call makes anew serves in training too."""
+    block = make_block()
+    stock = stock_copy(block)
+    turn_on(block)
+    for part in (block, stock):
+        for owner, name in ((part.conv, 'weight'), (part.conv, 'bias'),
+                            (part.bn, 'weight'), (part.bn, 'bias')):
+            kept = getattr(owner, name).detach()[:3]
+            setattr(owner, name, nn.Parameter(kept))
+        part.bn.running_mean = part.bn.running_mean[:3]
+        part.bn.running_var = part.bn.running_var[:3]
+    with torch.inference_mode():
+        block(x)
+    assert_equal_steps(step(stock, x), step(block, x))
+    assert runs(block) == ['fused']
 
 
 def test_a_rewritten_model_is_freed_without_the_collector(x):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from mmtune import turn_on
 from mmtune.matching import find_pairs
 from tests.oracle import stock_copy
 
@@ -333,3 +334,211 @@ def test_a_detector_is_not_traced():
     model = Detector()
     assert len(find_pairs(model, [model]).pairs) == 1
     assert not Detector.traced
+
+
+class Mine(nn.Module):
+    """A normalization by its name alone."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        return x / x.norm(dim=1, keepdim=True)
+
+
+def named(name, base=Mine):
+    return type(name, (base, ), {})
+
+
+class AffineChannel(nn.Module):
+    """Caffe's frozen BatchNorm, after its statistics were folded."""
+
+    def __init__(self, as_buffers=False):
+        super().__init__()
+        for name in ('weight', 'bias'):
+            if as_buffers:
+                self.register_buffer(name, torch.ones(4))
+            else:
+                setattr(self, name, nn.Parameter(torch.ones(4)))
+
+    def forward(self, x):
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class KeepsStatistics(nn.Module):
+    """Of no class and no name that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('running_mean', torch.zeros(4))
+        self.register_buffer('running_var', torch.ones(4))
+
+    def forward(self, x):
+        return (x - self.running_mean[:, None, None]
+                ) / self.running_var[:, None, None].sqrt()
+
+
+class Clipped(KeepsStatistics):
+    """The buffers of a frozen one, and another formula."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('weight', torch.ones(4))
+        self.register_buffer('bias', torch.zeros(4))
+
+    def forward(self, x):
+        return super().forward(x).clip(-1, 1)
+
+
+class NoStatistics(nn.GroupNorm):
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+FROM_THE_INPUT = 'computes its statistics from the batch at hand'
+NO_RUNNING = 'keeps no running statistics'
+UNKNOWN = 'is not a normalization that mmtune knows'
+NORMALIZATIONS = {
+    'GroupNorm': (lambda: nn.GroupNorm(2, 4), FROM_THE_INPUT),
+    'LayerNorm': (lambda: nn.LayerNorm([4, 5, 5]), FROM_THE_INPUT),
+    'LayerNorm without weights': (
+        lambda: nn.LayerNorm([4, 5, 5], elementwise_affine=False),
+        FROM_THE_INPUT),
+    'RMSNorm': (lambda: nn.RMSNorm([4, 5, 5]), FROM_THE_INPUT),
+    'LocalResponseNorm': (lambda: nn.LocalResponseNorm(2), FROM_THE_INPUT),
+    'InstanceNorm': (lambda: nn.InstanceNorm2d(4, affine=True),
+                     FROM_THE_INPUT),
+    'parametrized': (lambda: nn.utils.parametrizations.weight_norm(
+        nn.GroupNorm(2, 4), dim=None), FROM_THE_INPUT),
+    'forward overridden': (lambda: NoStatistics(2, 4), NO_RUNNING),
+    'by name': (named('L2Norm'), NO_RUNNING),
+    'by a lower-case name': (named('my_layernorm'), NO_RUNNING),
+    'by a long name': (named('LocalNormalization'), NO_RUNNING),
+    'AffineChannel': (AffineChannel, NO_RUNNING),
+    'AffineChannel of buffers': (lambda: AffineChannel(True), NO_RUNNING),
+    'AffineChannel of another name': (named('Scale', AffineChannel),
+                                      NO_RUNNING),
+    'running statistics': (KeepsStatistics, UNKNOWN),
+    'frozen, another formula': (Clipped, 'Clipped does not compute'),
+    'BatchNorm without statistics': (
+        lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        'no running statistics'),
+}
+
+
+@pytest.mark.parametrize('mode', ['Tune', 'Train', 'Eval', 'Deploy'])
+@pytest.mark.parametrize(
+    'build, reason', NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_every_normalization_has_a_row(build, reason, mode):
+    """After a convolution, after something else, and called by nobody."""
+    odd = build()
+    model = nn.ModuleDict(
+        dict(
+            pair=Base(),
+            after_conv=Base(bn=odd),
+            after_relu=nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), build()),
+            uncalled=Uncalled(bn=build())))
+    report = turn_on(model, mode)
+    rows = {row.bn: row for row in report.rows}
+    assert rows.keys() == {
+        'pair.bn', 'after_conv.bn', 'after_relu.2', 'uncalled.bn'
+    }
+    assert rows.pop('pair.bn').mode == mode
+    assert rows['after_conv.bn'].conv == 'after_conv.conv'
+    for row in rows.values():
+        if mode in ('Train', 'Eval') and isinstance(odd, nn.BatchNorm2d):
+            assert (row.mode, row.reason) == (mode, '')
+        else:
+            assert row.mode == 'stock' and reason in row.reason
+    assert len(report.summary().splitlines()) == 1
+
+
+class NormedConv2d(nn.Conv2d):
+    pass
+
+
+class PreNorm(nn.Module):
+    """It holds a normalization, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class ConvNormAct(Base):
+    pass
+
+
+NO_NORMALIZATIONS = {
+    'container of a pair': ConvNormAct,
+    'container of a norm': lambda: PreNorm(),
+    'weight_norm': lambda: nn.utils.parametrizations.weight_norm(
+        nn.Conv2d(3, 4, 1)),
+    'spectral_norm': lambda: nn.utils.parametrizations.spectral_norm(
+        nn.Linear(3, 4)),
+    'convolution of that name': lambda: NormedConv2d(3, 4, 1),
+    'linear of that name': lambda: named('NormedLinear', nn.Linear)(3, 4),
+    'normed by a product': named('NormedLayer'),
+    'of surface normals': named('NormalHead'),
+    'of images': named('Normalize'),
+    'identity': named('NoNorm', nn.Identity),
+    'PReLU': lambda: nn.PReLU(4),
+    'Embedding': lambda: nn.Embedding(4, 4),
+}
+
+
+@pytest.mark.parametrize(
+    'build', NO_NORMALIZATIONS.values(), ids=NO_NORMALIZATIONS)
+def test_what_is_no_normalization_has_no_row(build):
+    model = nn.ModuleDict(dict(pair=Base(), other=build()))
+    rows = turn_on(model).rows
+    real = [name for name, module in model.named_modules()
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))]
+    assert sorted(row.bn for row in rows) == sorted(real)
+
+
+@pytest.mark.parametrize('mode', ['Tune', 'Train', 'Eval', 'Deploy'])
+def test_no_mode_is_for_normalizations_of_their_input_alone(mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    with pytest.raises(ValueError, match='found 1 GroupNorm; 1 x GroupNorm c'):
+        turn_on(model, mode)
+
+
+class ConvOfDetectron2(nn.Conv2d):
+    """It holds its normalization and activation."""
+
+    def __init__(self, *args, norm=None, activation=None, **options):
+        super().__init__(*args, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        if not torch.jit.is_scripting() and x.numel() == 0 and self.training:
+            assert not isinstance(self.norm, nn.SyncBatchNorm)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding,
+                     self.dilation, self.groups)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+@pytest.mark.parametrize('norm', [
+    nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4), None
+], ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize('activation', [None, F.relu, nn.ReLU()])
+def test_a_convolution_that_holds_its_norm(norm, activation):
+    conv = ConvOfDetectron2(3, 4, 1, norm=norm, activation=activation)
+    model = nn.ModuleDict(dict(pair=Base(), stem=conv)).eval()
+    report = turn_on(model)
+    assert [row.bn for row in report.rewritten] == ['pair.bn']
+    expected = {None: [], nn.GroupNorm: [FROM_THE_INPUT]}.get(
+        norm and type(norm), ['its input comes from `conv2d`'])
+    assert [row.bn for row in report.left_out] == ['stem.norm'] * len(expected)
+    for row, reason in zip(report.left_out, expected):
+        assert reason in row.reason

@@ -95,7 +95,8 @@ def block_scales(model: nn.Module, report: Report) -> list[BlockScale]:
         assert kind is not None and block.conv is not None, 'in a block'
         weight, _, mean, var = kind.tensors(norm)
         assert mean is not None and var is not None, 'in a block'
-        rstd, _ = norm_coefficients(mean.double(), var.double(), norm.eps)
+        rstd, _ = norm_coefficients(mean.double(), var.double(),
+                                    kind.eps(norm))
         coeff = rstd if weight is None else rstd * weight
         reason = ''
         if block.weight is None or not block.weight.learns:

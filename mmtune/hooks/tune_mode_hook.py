@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
@@ -15,6 +15,10 @@ from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
 
 __all__ = ['TuneModeHook']
+
+# They hold the model as `module` though MMEngine may not register them.
+WRAPPERS = (BaseTTAModel, nn.DataParallel,
+            nn.parallel.DistributedDataParallel)
 
 
 @HOOKS.register_module()
@@ -216,9 +220,15 @@ class TuneModeHook(Hook):
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
-        model = model.module
-    return model
+    """The model that the names of a config are about."""
+    while True:
+        if isinstance(model, WRAPPERS) or is_model_wrapper(model):
+            model = model.module
+        elif '_orig_mod' in model._modules:
+            # By its child, since to import its class takes seconds.
+            model = model._orig_mod  # `torch.compile(model)`
+        else:
+            return model
 
 
 def _is_deployed(runner: Runner) -> bool:

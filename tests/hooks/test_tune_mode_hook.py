@@ -1,15 +1,18 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.model import BaseTTAModel, MMDistributedDataParallel
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmtune.api import FoldedNorm, latest_runs
+from mmtune.hooks.tune_mode_hook import _unwrapped
 from tests import toy
 from tests.toy import TUNE, build_runner, logged, losses
 
@@ -449,3 +452,73 @@ def test_begin_asks_for_epochs(tmp_path):
         train_cfg=dict(by_epoch=False, max_iters=4))
     with pytest.raises(ValueError, match='IterBasedTrainLoop'):
         runner.train()
+
+
+@MODELS.register_module()
+class ToyTTAModel(BaseTTAModel):
+    """As MMDetection's DetTTAModel, which `--tta` puts around a model."""
+
+    def test_step(self, data):
+        return self.module.test_step(data)
+
+    def merge_preds(self, data_samples_list):
+        return data_samples_list
+
+
+def distributed(model, cls=nn.parallel.DistributedDataParallel):
+    """Without the process group that its constructor asks for."""
+    wrapper = cls.__new__(cls)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    return wrapper
+
+
+def with_test_step(model):
+    """BaseTTAModel asks for one."""
+    vars(model).setdefault('test_step', None)
+    return model
+
+
+WRAPPERS = {
+    'TTA': lambda model: ToyTTAModel(with_test_step(model)),
+    'DataParallel': lambda model: nn.DataParallel(model, device_ids=[]),
+    'DDP': distributed,
+    'MMDDP': lambda model: distributed(model, MMDistributedDataParallel),
+    'compiled': torch.compile,
+}
+ORDERS = [(), *[(name, ) for name in WRAPPERS],
+          *itertools.permutations(WRAPPERS, 2),
+          ('TTA', 'compiled', 'DDP'), ('DDP', 'compiled', 'TTA'),
+          ('compiled', 'TTA', 'MMDDP', 'compiled')]
+
+
+@pytest.mark.parametrize('order', ORDERS, ids=' of '.join)
+def test_names_are_those_of_the_model_however_wrapped(order):
+    model = wrapped = toy.conv_bns()
+    for name in reversed(order):
+        wrapped = WRAPPERS[name](wrapped)
+    assert _unwrapped(wrapped) is model
+
+
+@pytest.mark.parametrize('options, turned_on', [
+    ({KEY: ['backbone']}, ['backbone.1', 'backbone.4']),
+    ({KEY: dict(modules='backbone', mode='Eval')}, []),
+    ({KEY: dict(modules='backbone', mode='Deploy')}, []),
+    ({}, ['backbone.1', 'backbone.4', 'neck.1']),
+], ids=['Tune', 'Eval', 'Deploy', 'whole model'])
+def test_test_time_augmentation(options, turned_on, tmp_path):
+    """`--tta` makes the model of the config a part of another one."""
+    accuracies = []
+    for name, hooks in (('stock', {}), ('tuned', TUNE)):
+        runner = build_runner(
+            tmp_path / name,
+            default_hooks=hooks,
+            model=dict(type='ToyTTAModel', module=dict(type='ToyClassifier')),
+            test_dataloader=toy.loader(),
+            test_cfg=dict(),
+            test_evaluator=dict(type='ToyAccuracy'),
+            **options)
+        accuracies.append(runner.test())
+    assert accuracies[0] == accuracies[1]
+    runs = latest_runs(runner.model.module)
+    assert runs == dict.fromkeys(turned_on, 'fused')

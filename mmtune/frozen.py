@@ -1,0 +1,297 @@
+"""Know a frozen BatchNorm by what it computes, whatever it is called.
+
+Torchvision, detectron2, MMDetection's relatives and many a project have a
+``FrozenBatchNorm2d`` of their own, with an ``eps`` in an attribute, written in
+its forward, or none. A module is one where it has nothing but the four
+buffers of a BatchNorm and its forward gives, for all that is tried, ::
+
+    (x - running_mean) / sqrt(running_var + eps) * weight + bias
+"""
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mmtune.attach import Override, bare_copy, overridden
+
+__all__ = ['Frozen', 'forget_probes', 'frozen', 'still_is']
+
+FORMULA = '(x - running_mean) / sqrt(running_var + eps) * weight + bias'
+BUFFERS = ('weight', 'bias', 'running_mean', 'running_var')
+# Of the inputs that are tried; each variance of a channel meets each shape.
+SHAPES = ((2, 3, 2), (1, 1, 1), (3, 1, 4))
+# Negative and zero too: a forward may clamp.
+VARIANCES = (0., 1., 1e-30, -.5, 1e-8, .3, 1e-5)
+# Tried in the place of an attribute `eps`, to see whether it is read.
+OTHER_EPS = (0., 1e-3, .5)
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype,
+          torch.device, torch.memory_format)
+_OF_EVERY_MODULE = {*vars(nn.Module()), '_compiled_call_impl'}
+
+
+class Frozen(NamedTuple):
+    """What was found of a frozen normalization.
+
+    Attributes:
+        eps (float, optional): What its forward adds to the variance; None
+            where that is the attribute ``eps``, as it is at the call.
+        attributes (dict[str, Any]): What its forward may read beside
+            tensors, but for an ``eps`` that is read at each call.
+    """
+
+    eps: float | None
+    attributes: dict[str, Any]
+
+
+def _attributes(norm: nn.Module) -> dict[str, Any]:
+    """Those of a module that neither torch nor mmtune has put there."""
+    return {
+        name: value
+        for name, value in vars(norm).items()
+        if not (name in _OF_EVERY_MODULE or name.startswith('_tune_')
+                or isinstance(value, Override))
+    }
+
+
+def still_is(norm: nn.Module, found: Frozen) -> bool:
+    """Whether a module is what it was found to be.
+
+    Args:
+        norm (nn.Module): The module.
+        found (Frozen): From :func:`frozen`.
+
+    Returns:
+        bool: False where an attribute that its forward may read is another.
+    """
+    attributes = _attributes(norm)
+    if found.eps is None:
+        attributes.pop('eps', None)
+        if not _is_number(norm.eps):
+            return False
+    return (all(map(_is_plain, attributes.values()))
+            and attributes == found.attributes)
+
+
+_PROBES: dict[tuple, Frozen | str] = {}
+
+
+def forget_probes() -> None:
+    """Have every forward run anew: code can change in ways unseen."""
+    _PROBES.clear()
+
+
+def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
+    """Find out whether a module is a frozen normalization.
+
+    Its forward runs on a copy, on the CPU and in float64, whatever the
+    caller's device, dtype and modes.
+
+    Args:
+        norm (nn.Module): The module; is not changed.
+        norm_type (type): Its class, or the one to take for it.
+
+    Returns:
+        Frozen | str | None: A reason where it has the buffers of one but is
+        none, or not certainly; None where it has others.
+    """
+    if not _has_the_buffers(norm):
+        return None
+    name = norm_type.__name__
+    children = [child for child, module in norm._modules.items() if module]
+    if children:
+        return (f'{name} holds {", ".join(map(repr, children))}, which its '
+                'forward may call')
+    if (norm_type.__call__ is not nn.Module.__call__
+            or overridden(norm, 'forward')):
+        return f'{name} is called in a way of its own'
+    attributes = _attributes(norm)
+    for attribute, value in attributes.items():
+        if not _is_plain(value):
+            return (f'{name} holds a {type(value).__name__} as '
+                    f'{attribute!r}, whose changes could not be noticed')
+    # Alike in all that a forward can read, or in nothing that it should.
+    key = (norm_type, norm_type.forward, norm.running_mean.numel(),
+           repr(attributes), tuple(norm._buffers))
+    if key not in _PROBES:
+        _PROBES[key] = _Probe(norm, norm_type).result()
+    return _PROBES[key]
+
+
+def _has_the_buffers(norm: nn.Module) -> bool:
+    own = [norm._buffers.get(name) for name in BUFFERS]
+    return (set(norm._buffers) - {'num_batches_tracked'} == set(BUFFERS)
+            and not any(p is not None for p in norm._parameters.values())
+            and not any(t is None or is_lazy(t) for t in own)
+            and all(t.is_floating_point() and t.dim() == 1 and t.numel()
+                    and t.shape == own[0].shape for t in own))
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, set, frozenset, torch.Size):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return isinstance(value, _PLAIN)
+
+
+class _Probe:
+    """Runs the forward of a module on tensors of its own choice.
+
+    Args:
+        norm (nn.Module): Gives all but the tensors.
+        norm_type (type): Gives the forward.
+    """
+
+    def __init__(self, norm: nn.Module, norm_type: Any) -> None:
+        self.norm_type = norm_type
+        self.attributes = copy.deepcopy(_attributes(norm))
+        self.channels = norm.running_mean.numel()
+        self.norm = bare_copy(norm)
+        self.norm.__class__ = norm_type
+        self.counts = 'num_batches_tracked' in norm._buffers
+
+    def result(self) -> Frozen | str:
+        """What the module is, or why it is none."""
+        name = self.norm_type.__name__
+        try:
+            with _neutral():
+                eps = self._find_eps()
+                certain = eps is not None and self._computes(eps)
+                reads = certain and self._reads_eps()
+        except Exception as error:  # code of the user's: anything
+            return (f'the forward of {name} could not be tried '
+                    f'({type(error).__name__})')
+        if not certain:
+            return f'{name} does not compute {FORMULA}'
+        if reads:
+            self.attributes.pop('eps', None)
+        return Frozen(None if reads else eps, self.attributes)
+
+    def _find_eps(self) -> float | None:
+        """What the forward adds to a variance of zero."""
+        zeros, ones = self._full(0.), self._full(1.)
+        x = ones.view(1, -1, 1, 1)
+        output = self._run(x, True, (ones, zeros, -ones, zeros))
+        if output is None:
+            return None
+        # 2 / sqrt(eps), in each channel.
+        eps = float((2 / output.detach().flatten()[0])**2)
+        attribute: Any = getattr(self.norm, 'eps', None)
+        if _is_number(attribute) and abs(eps - attribute) <= 1e-12 * eps:
+            return float(attribute)
+        # The decimal number that rounding has blurred.
+        return float(f'{eps:.14g}')
+
+    def _reads_eps(self) -> bool:
+        """Whether the forward takes the attribute ``eps`` as it is."""
+        if not _is_number(getattr(self.norm, 'eps', None)):
+            return False
+        for eps in OTHER_EPS:
+            vars(self.norm)['eps'] = eps
+            if not self._computes(eps):
+                return False
+        return True
+
+    def _computes(self, eps: float) -> bool:
+        """Whether the formula with ``eps`` is what the forward computes."""
+        generator = torch.Generator('cpu').manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            # Not near zero, where an error would be small.
+            signs = torch.randint(
+                0, 2, shape, generator=generator, device='cpu') * 2 - 1
+            return signs * (torch.rand(
+                shape, generator=generator, dtype=torch.float64,
+                device='cpu') + .5)
+
+        variances = torch.tensor(
+            VARIANCES, dtype=torch.float64, device='cpu')
+        every = torch.arange(self.channels, device='cpu')
+        for i in range(len(VARIANCES)):
+            weight, bias, mean = random(3, self.channels)
+            var = variances[(every + i) % len(VARIANCES)]
+            batch, *sizes = SHAPES[i % len(SHAPES)]
+            x = random(batch, self.channels, *sizes)
+            scale = weight * (var + eps).rsqrt()
+            for training in (True, False):
+                for needs_grad in (True, False):
+                    given_x = x.clone().requires_grad_(needs_grad)
+                    output = self._run(given_x, training,
+                                       (weight, bias, mean, var))
+                    if output is None or not _equal(
+                            output, given_x, x, scale, bias, mean):
+                        return False
+        return True
+
+    def _full(self, value: float) -> Tensor:
+        return torch.full((self.channels, ), value, dtype=torch.float64,
+                          device='cpu')
+
+    def _run(self, x: Tensor, training: bool,
+             values: tuple[Tensor, ...]) -> Tensor | None:
+        """Give the output; None where something else changes as well."""
+        buffers = dict(zip(BUFFERS, (value.clone() for value in values)))
+        if self.counts:
+            buffers['num_batches_tracked'] = torch.zeros(
+                (), dtype=torch.long, device='cpu')
+        given, norm = dict(buffers), self.norm
+        before = copy.deepcopy(_attributes(norm))
+        vars(norm).update(_buffers=buffers, training=training)
+        output = self.norm_type.forward(norm, x)
+        unchanged = (
+            _attributes(norm) == before and norm._buffers is buffers
+            and buffers.keys() == given.keys()
+            and all(buffers[name] is given[name] for name in given)
+            and all(torch.equal(buffers[name], value)
+                    for name, value in zip(BUFFERS, values)))
+        if not (unchanged and type(output) is Tensor
+                and output.dtype == x.dtype and output.shape == x.shape):
+            return None
+        return output
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _equal(output: Tensor, given_x: Tensor, x: Tensor, scale: Tensor,
+           bias: Tensor, mean: Tensor) -> bool:
+    """Whether output and gradient are those of the formula."""
+    scale, bias, mean = (t.view(1, -1, 1, 1) for t in (scale, bias, mean))
+    expected = (x - mean) * scale + bias
+    # How large the numbers are that the forward may have added.
+    size = (x.abs() + mean.abs()) * scale.abs() + bias.abs()
+    if not (output.requires_grad == given_x.requires_grad
+            and torch.equal(given_x.detach(), x)
+            and _close(output.detach(), expected, size)):
+        return False
+    if not output.requires_grad:
+        return True
+    factor = torch.arange(
+        1., 1. + x.numel(), dtype=x.dtype, device='cpu').view(x.shape)
+    gradient, = torch.autograd.grad(output, given_x, factor)
+    expected = (factor * scale).expand_as(x)
+    return _close(gradient, expected, expected.abs())
+
+
+def _close(actual: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Equal where finite; infinite or no number in the same places."""
+    finite = expected.isfinite()
+    # By which way an infinite scale gives which of the two is rounding.
+    return torch.equal(actual.isfinite(), finite) and bool(
+        ((actual - expected).abs() <= 1e-10 * size)[finite].all())
+
+
+@contextlib.contextmanager
+def _neutral() -> Iterator[None]:
+    """Nothing of what the caller has set: devices, modes, random numbers."""
+    with (torch.random.fork_rng([]), _disable_current_modes(),
+          torch.device('cpu'), torch.inference_mode(False),
+          torch.enable_grad(), torch.autocast('cpu', enabled=False)):
+        yield
