@@ -103,6 +103,8 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
     if not _has_the_buffers(norm):
         return None
     name = norm_type.__name__
+    if isinstance(norm, torch.jit.ScriptModule):
+        return f'the code of this {name} was generated for this instance'
     children = [child for child, module in norm._modules.items() if module]
     if children:
         return (f'{name} holds {", ".join(map(repr, children))}, which its '
@@ -124,10 +126,13 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
 
 
 def _has_the_buffers(norm: nn.Module) -> bool:
-    own = [norm._buffers.get(name) for name in BUFFERS]
-    return (set(norm._buffers) - {'num_batches_tracked'} == set(BUFFERS)
-            and not any(p is not None for p in norm._parameters.values())
-            and not any(t is None or is_lazy(t) for t in own)
+    # Scripted modules have no dicts, only what can be made into one.
+    buffers = {**norm._buffers}
+    if (buffers.keys() - {'num_batches_tracked'} != set(BUFFERS)
+            or any(p is not None for p in {**norm._parameters}.values())):
+        return False
+    own = [buffers[name] for name in BUFFERS]
+    return (not any(t is None or is_lazy(t) for t in own)
             and all(t.is_floating_point() and t.dim() == 1 and t.numel()
                     and t.shape == own[0].shape for t in own))
 
@@ -162,7 +167,9 @@ class _Probe:
         try:
             with _neutral():
                 eps = self._find_eps()
-                certain = eps is not None and self._computes(eps)
+                # Each channel meets each variance.
+                certain = eps is not None and self._computes(
+                    eps, len(VARIANCES))
                 reads = certain and self._reads_eps()
         except Exception as error:  # code of the user's: anything
             return (f'the forward of {name} could not be tried '
@@ -177,11 +184,11 @@ class _Probe:
         """What the forward adds to a variance of zero."""
         zeros, ones = self._full(0.), self._full(1.)
         x = ones.view(1, -1, 1, 1)
-        output = self._run(x, True, (ones, zeros, -ones, zeros))
-        if output is None:
+        result = self._run(x, True, False, (ones, zeros, -ones, zeros))
+        if result is None:
             return None
         # 2 / sqrt(eps), in each channel.
-        eps = float((2 / output.detach().flatten()[0])**2)
+        eps = float((2 / result[1].flatten()[0])**2)
         attribute: Any = getattr(self.norm, 'eps', None)
         if _is_number(attribute) and abs(eps - attribute) <= 1e-12 * eps:
             return float(attribute)
@@ -194,48 +201,27 @@ class _Probe:
             return False
         for eps in OTHER_EPS:
             vars(self.norm)['eps'] = eps
-            if not self._computes(eps):
+            if not self._computes(eps, 1):
                 return False
         return True
 
-    def _computes(self, eps: float) -> bool:
+    def _computes(self, eps: float, tries: int) -> bool:
         """Whether the formula with ``eps`` is what the forward computes."""
         generator = torch.Generator('cpu').manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            # Not near zero, where an error would be small.
-            signs = torch.randint(
-                0, 2, shape, generator=generator, device='cpu') * 2 - 1
-            return signs * (torch.rand(
-                shape, generator=generator, dtype=torch.float64,
-                device='cpu') + .5)
-
-        variances = torch.tensor(
-            VARIANCES, dtype=torch.float64, device='cpu')
-        every = torch.arange(self.channels, device='cpu')
-        for i in range(len(VARIANCES)):
-            weight, bias, mean = random(3, self.channels)
-            var = variances[(every + i) % len(VARIANCES)]
-            batch, *sizes = SHAPES[i % len(SHAPES)]
-            x = random(batch, self.channels, *sizes)
-            scale = weight * (var + eps).rsqrt()
-            for training in (True, False):
-                for needs_grad in (True, False):
-                    given_x = x.clone().requires_grad_(needs_grad)
-                    output = self._run(given_x, training,
-                                       (weight, bias, mean, var))
-                    if output is None or not _equal(
-                            output, given_x, x, scale, bias, mean):
-                        return False
-        return True
+        return all(
+            case.is_computed(self._run(case.x, training, needs_grad,
+                                       case.buffers))
+            for case in (_Case(self.channels, i, eps, generator)
+                         for i in range(tries))
+            for training in (True, False) for needs_grad in (True, False))
 
     def _full(self, value: float) -> Tensor:
         return torch.full((self.channels, ), value, dtype=torch.float64,
                           device='cpu')
 
-    def _run(self, x: Tensor, training: bool,
-             values: tuple[Tensor, ...]) -> Tensor | None:
-        """Give the output; None where something else changes as well."""
+    def _run(self, x: Tensor, training: bool, needs_grad: bool,
+             values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
+        """Give input and output; None where something else changes too."""
         buffers = dict(zip(BUFFERS, (value.clone() for value in values)))
         if self.counts:
             buffers['num_batches_tracked'] = torch.zeros(
@@ -243,55 +229,90 @@ class _Probe:
         given, norm = dict(buffers), self.norm
         before = copy.deepcopy(_attributes(norm))
         vars(norm).update(_buffers=buffers, training=training)
-        output = self.norm_type.forward(norm, x)
+        given_x = x.clone().requires_grad_(needs_grad)
+        with torch.device('cpu'):
+            output = self.norm_type.forward(norm, given_x)
         unchanged = (
             _attributes(norm) == before and norm._buffers is buffers
             and buffers.keys() == given.keys()
             and all(buffers[name] is given[name] for name in given)
             and all(torch.equal(buffers[name], value)
-                    for name, value in zip(BUFFERS, values)))
+                    for name, value in zip(BUFFERS, values))
+            and torch.equal(given_x.detach(), x))
         if not (unchanged and type(output) is Tensor
-                and output.dtype == x.dtype and output.shape == x.shape):
+                and output.dtype == x.dtype and output.shape == x.shape
+                and output.requires_grad == needs_grad):
             return None
-        return output
+        return given_x, output
+
+
+class _Case:
+    """Tensors to try, and what the formula makes of them.
+
+    Args:
+        channels (int): Of the normalization.
+        number (int): A channel meets another variance in each.
+        eps (float): Added to the variance.
+        generator (torch.Generator): Of the CPU.
+    """
+
+    def __init__(self, channels: int, number: int, eps: float,
+                 generator: torch.Generator) -> None:
+
+        def random(*shape: int) -> Tensor:
+            # Not near zero, where an error would be small.
+            values = torch.rand(
+                shape, generator=generator, dtype=torch.float64, device='cpu')
+            values = values.mul_(2).sub_(1)
+            return values + values.sign() / 2
+
+        variances = torch.tensor(
+            VARIANCES, dtype=torch.float64, device='cpu')
+        every = torch.arange(channels, device='cpu')
+        weight, bias, mean = random(3, channels)
+        var = variances[(every + number) % len(VARIANCES)]
+        batch, *sizes = SHAPES[number % len(SHAPES)]
+        self.x = x = random(batch, channels, *sizes)
+        self.buffers = (weight, bias, mean, var)
+        scale, bias, mean = (
+            t.view(1, -1, 1, 1)
+            for t in (weight * (var + eps).rsqrt(), bias, mean))
+        self.factor = random(*x.shape)
+        self.output = (x - mean) * scale + bias
+        self.gradient = self.factor * scale
+        # How large the numbers are that the forward may have added.
+        self.size = (x.abs() + mean.abs()) * scale.abs() + bias.abs()
+
+    def is_computed(self, result: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether output and gradient are those of the formula."""
+        if result is None:
+            return False
+        x, output = result
+        if not _close(output.detach(), self.output, self.size):
+            return False
+        if not x.requires_grad:
+            return True
+        gradient, = torch.autograd.grad(output, x, self.factor)
+        return _close(gradient, self.gradient, self.gradient.abs())
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _equal(output: Tensor, given_x: Tensor, x: Tensor, scale: Tensor,
-           bias: Tensor, mean: Tensor) -> bool:
-    """Whether output and gradient are those of the formula."""
-    scale, bias, mean = (t.view(1, -1, 1, 1) for t in (scale, bias, mean))
-    expected = (x - mean) * scale + bias
-    # How large the numbers are that the forward may have added.
-    size = (x.abs() + mean.abs()) * scale.abs() + bias.abs()
-    if not (output.requires_grad == given_x.requires_grad
-            and torch.equal(given_x.detach(), x)
-            and _close(output.detach(), expected, size)):
-        return False
-    if not output.requires_grad:
-        return True
-    factor = torch.arange(
-        1., 1. + x.numel(), dtype=x.dtype, device='cpu').view(x.shape)
-    gradient, = torch.autograd.grad(output, given_x, factor)
-    expected = (factor * scale).expand_as(x)
-    return _close(gradient, expected, expected.abs())
-
-
 def _close(actual: Tensor, expected: Tensor, size: Tensor) -> bool:
     """Equal where finite; infinite or no number in the same places."""
     finite = expected.isfinite()
     # By which way an infinite scale gives which of the two is rounding.
+    near = (actual - expected).abs() <= 1e-10 * size
     return torch.equal(actual.isfinite(), finite) and bool(
-        ((actual - expected).abs() <= 1e-10 * size)[finite].all())
+        (near | ~finite).all())
 
 
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
-    """Nothing of what the caller has set: devices, modes, random numbers."""
+    """Nothing of the modes that the caller has set, nor random numbers."""
     with (torch.random.fork_rng([]), _disable_current_modes(),
-          torch.device('cpu'), torch.inference_mode(False),
-          torch.enable_grad(), torch.autocast('cpu', enabled=False)):
+          torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast('cpu', enabled=False)):
         yield

@@ -660,6 +660,11 @@ _OF_THE_INPUT = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm,
 _NORM_NAME = re.compile('norm(?!ed|al(?!ization))', re.IGNORECASE)
 
 
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
 def looks_like_norm(module: nn.Module, cls: type) -> bool:
     """Whether a module is some normalization, be it of a known kind or not.
 
@@ -675,8 +680,7 @@ def looks_like_norm(module: nn.Module, cls: type) -> bool:
     if (looks_like_conv(module) or isinstance(module, nn.Identity)
             or cls.__module__ == 'torch.nn.utils.parametrizations'):
         return False
-    own = {**module._parameters, **module._buffers}
-    own = {name: tensor for name, tensor in own.items() if tensor is not None}
+    own = _own_tensors(module)
     if {'running_mean', 'running_var'} <= own.keys():
         return True
     # A scale and a shift of each channel, as an AffineChannel has.
@@ -698,7 +702,7 @@ def why_not_folded(norm: nn.Module, norm_type: type) -> str | None:
         str | None: The reason; None for one that may be folded.
     """
     name = norm_type.__name__
-    keeps = norm._buffers.get('running_mean') is not None
+    keeps = 'running_mean' in _own_tensors(norm)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         if norm_kind(norm, norm_type) is None:
             return f'{name} overrides the forward of BatchNorm'

@@ -412,6 +412,11 @@ NORMALIZATIONS = {
                      FROM_THE_INPUT),
     'parametrized': (lambda: nn.utils.parametrizations.weight_norm(
         nn.GroupNorm(2, 4), dim=None), FROM_THE_INPUT),
+    'scripted': (lambda: torch.jit.script(nn.GroupNorm(2, 4)), NO_RUNNING),
+    'scripted BatchNorm': (lambda: torch.jit.script(nn.BatchNorm2d(4)),
+                           UNKNOWN),
+    'scripted, another formula': (lambda: torch.jit.trace(
+        Clipped(), torch.ones(1, 4, 2, 2)), 'was generated for this instance'),
     'forward overridden': (lambda: NoStatistics(2, 4), NO_RUNNING),
     'by name': (named('L2Norm'), NO_RUNNING),
     'by a lower-case name': (named('my_layernorm'), NO_RUNNING),
