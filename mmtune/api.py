@@ -365,7 +365,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         kind = norm_kind(norm, type(norm))
         assert kind is not None, 'a match has a known normalization'
         if block not in states:
-            states[block] = BlockState(block)
+            states[block] = BlockState()
         states[block].pairs.append(
             Pair(
                 attach_conv(match.conv, conv, norm, kind),

@@ -16,11 +16,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = [
     'Hook', 'Override', 'attach', 'bare_copy', 'detach', 'has_hooks',
-    'is_attached', 'overridden'
+    'heal', 'is_attached', 'overridden', 'run_last'
 ]
 
 HOOKS = ('_forward_pre_hooks', '_forward_hooks')
@@ -147,6 +148,28 @@ def attach(module: nn.Module,
         name: override(module, name)
         for name, override in (overrides or {}).items()
     })
+
+
+def heal(module: nn.Module, overrides: dict[str, type[Override]]) -> None:
+    """Put methods back that somebody replaced and took away again.
+
+    As MMCV's ConvModule does with its option ``efficient_conv_bn_eval``.
+
+    Args:
+        module (nn.Module): What it has of its own stays.
+        overrides (dict[str, type[Override]]): Methods by name.
+    """
+    if not torch.compiler.is_compiling():
+        for name, override in overrides.items():
+            vars(module).setdefault(name, override(module, name))
+
+
+def run_last(module: nn.Module, hook: Hook) -> None:
+    """Have a pre-hook run after those that were added since, next time."""
+    hooks = module._forward_pre_hooks
+    if len(hooks) > 1 and not torch.compiler.is_compiling():
+        for key in [key for key, own in hooks.items() if own is hook]:
+            hooks.move_to_end(key)
 
 
 def is_attached(module: nn.Module, hook: Hook) -> bool:

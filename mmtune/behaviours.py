@@ -30,13 +30,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from mmtune.attach import (
     Hook,
     Override,
     attach,
     detach,
+    heal,
+    run_last,
 )
 from mmtune.deferred import (
     defer,
@@ -93,7 +94,7 @@ def _inside_transform() -> bool:
             or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
             or torch._C._len_torch_function_stack() > 0
-            and not all(isinstance(mode, DeviceContext)
+            and not all(type(mode).__module__.startswith('torch.')
                         for mode in _get_current_function_mode_stack()))
 
 
@@ -129,27 +130,22 @@ class BlockState:
     """State of a module whose forward calls pairs.
 
     Attributes:
-        forward (Callable): The forward that was traced.
         pairs (list[Pair]): What the trace found.
         told (bool): Whether a warning said that layers were replaced.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.forward = type(block).forward
+    def __init__(self) -> None:
         self.pairs: list[Pair] = []
         self.told = False
 
     def pairs_in(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         """The pairs that a block has now, by the modules that it has now."""
-        # Code that the trace did not see could ask for a tensor's type.
-        if 'forward' in vars(block) or type(block).forward != self.forward:
-            return []
         found = []
         for pair in self.pairs:
             conv, norm = _at(block, pair.conv_path), _at(block, pair.norm_path)
             if (conv is not None and norm is not None
-                    and vars(conv).get('_tune_conv') is pair.conv
-                    and vars(norm).get('_tune_norm') is pair.norm):
+                    and '_tune_conv' in vars(conv)
+                    and '_tune_norm' in vars(norm)):
                 found.append((conv, norm))
             elif not self.told:
                 self._tell(pair, conv, norm)
@@ -159,8 +155,10 @@ class BlockState:
         """Paths of the normalizations in whose pairs a layer is another."""
         return [
             pair.norm_path for pair in self.pairs
-            if _is_replaced(_at(block, pair.conv_path), pair.conv)
-            or _is_replaced(_at(block, pair.norm_path), pair.norm)
+            if any(
+                _is_replaced(_at(block, path), state)
+                for path, state in ((pair.conv_path, pair.conv),
+                                    (pair.norm_path, pair.norm)))
         ]
 
     def _tell(self, pair: Pair, conv: Any, norm: Any) -> None:
@@ -177,9 +175,9 @@ class BlockState:
 
 def _is_replaced(layer: Any, state: Any) -> bool:
     """Whether a layer is another than the one that was turned on."""
-    own = () if layer is None else vars(layer).values()
-    # Turned off, it is the same one still.
-    return state.is_on and not any(value is state for value in own)
+    # Turned off, it may be the same one still.
+    return state.is_on and (layer is None or not (
+        '_tune_conv' in vars(layer) or '_tune_norm' in vars(layer)))
 
 
 # By thread, the innermost block that runs now.
@@ -521,7 +519,10 @@ def why_not_defer(conv: nn.Module, norm: nn.Module, x: Any) -> str | None:
     if not norm_state.kind.is_fixed(norm):
         return 'train mode'
     if (conv._forward_hooks or conv._backward_hooks
-            or conv._backward_pre_hooks or len(norm._forward_pre_hooks) != 1
+            or conv._backward_pre_hooks
+            # It could make the weight anew, as spectral_norm's does.
+            or [*conv._forward_pre_hooks.values()][-1] is not call_conv
+            or len(norm._forward_pre_hooks) != 1
             or norm._backward_hooks or norm._backward_pre_hooks
             or _has_any_global_hook()):
         return 'a hook sees what passes between the two'
@@ -562,12 +563,15 @@ def call_conv(conv: nn.Module, args: tuple,
     if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         args, kwargs = settle(args), settle(kwargs)
     if type(vars(conv).get('forward')) is not ConvForward:
+        heal(conv, dict(forward=ConvForward))
         return args, kwargs
     args, kwargs = _positional(conv, args, kwargs)
     output = None
     state = vars(conv).get('_tune_conv')
     if state is not None and args and not kwargs:
         output = state.promise(conv, args)
+        if output is None:
+            run_last(conv, call_conv)
     return args, {**kwargs, PASSED: _Passed(conv, args, output)}
 
 
@@ -878,6 +882,7 @@ def call_norm(norm: nn.Module, args: tuple,
     if state is None:
         return settle(args), settle(kwargs)
     if type(vars(norm).get('forward')) is not Forward:
+        heal(norm, dict(forward=Forward))
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
         return args, kwargs
