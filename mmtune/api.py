@@ -177,15 +177,18 @@ def latest_runs(model: nn.Module) -> dict[str, str]:
         ``'replaced'`` (stock, since one of its layers is another than the one
         that was turned on) or ``'not run'``.
     """
-    runs: dict[str, str] = {}
-    replaced: set[str] = set()
+    names = {
+        module._tune_norm: name for name, module in model.named_modules()
+        if '_tune_norm' in vars(module)
+    }
+    runs = {name: state.latest_run() for state, name in names.items()}
     for name, module in model.named_modules():
-        if '_tune_norm' in vars(module):
-            runs[name] = module._tune_norm.latest_run()
         if '_tune_block' in vars(module):
-            replaced.update('.'.join((name, *path)).lstrip('.')
-                            for path in module._tune_block.replaced(module))
-    return runs | dict.fromkeys(sorted(replaced), 'replaced')
+            for pair in module._tune_block.replaced(module):
+                path = '.'.join((name, *pair.norm_path)).lstrip('.')
+                # Within a wrapper the norm has another name.
+                runs[names.get(pair.norm, path)] = 'replaced'
+    return runs
 
 
 # --------------------------------------------------------------------------

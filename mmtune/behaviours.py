@@ -76,6 +76,9 @@ SMALL_SHARE = 1 / 8
 HALF_MARGIN = 16
 HALF_CHECK_INTERVAL = 64
 
+# Who replaces these sees what every module gives.
+CALL = nn.Module.__call__, nn.Module._call_impl
+
 # By which a pre-hook hands its result to the forward on the instance.
 PASSED = '_tune_passed'
 
@@ -93,6 +96,7 @@ def _inside_transform() -> bool:
     return (torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
+            or (nn.Module.__call__, nn.Module._call_impl) != CALL
             or torch._C._len_torch_function_stack() > 0
             and not all(type(mode).__module__.startswith('torch.')
                         for mode in _get_current_function_mode_stack()))
@@ -151,10 +155,10 @@ class BlockState:
                 self._tell(pair, conv, norm)
         return found
 
-    def replaced(self, block: nn.Module) -> list[tuple[str, ...]]:
-        """Paths of the normalizations in whose pairs a layer is another."""
+    def replaced(self, block: nn.Module) -> list[Pair]:
+        """The pairs of which a block has another layer now."""
         return [
-            pair.norm_path for pair in self.pairs
+            pair for pair in self.pairs
             if any(
                 _is_replaced(_at(block, path), state)
                 for path, state in ((pair.conv_path, pair.conv),

@@ -40,7 +40,7 @@ class _Kind:
             whose place the fold runs.
     """
 
-    methods: tuple[str, ...] = ('__call__', '_call_impl', 'forward')
+    methods: tuple[str, ...] = ('forward', )
     functions: tuple[str, ...] = ()
 
     def code(self, layer_type: type) -> tuple:
@@ -528,8 +528,10 @@ def _attributes(owner: Any, names: tuple[str, ...]) -> Any:
 
 @functools.cache
 def _getter(names: tuple[str, ...]) -> Callable:
+    if len(names) < 2:  # for which it would give no tuple
+        return lambda owner: tuple(getattr(owner, name) for name in names)
     # It takes a thirtieth of the time of a loop.
-    return operator.attrgetter(*names) if names else lambda owner: ()
+    return operator.attrgetter(*names)
 
 
 def conv_kind(conv_type: type) -> ConvKind | None:
