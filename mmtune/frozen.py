@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmtune.attach import Override, bare_copy, overridden
@@ -23,7 +23,7 @@ __all__ = ['Frozen', 'forget_probes', 'frozen', 'still_is']
 
 FORMULA = '(x - running_mean) / sqrt(running_var + eps) * weight + bias'
 BUFFERS = ('weight', 'bias', 'running_mean', 'running_var')
-# Of the inputs that are tried; each variance of a channel meets each shape.
+# Of the inputs that are tried, without their channels.
 SHAPES = ((2, 3, 2), (1, 1, 1), (3, 1, 4))
 # Negative and zero too: a forward may clamp.
 VARIANCES = (0., 1., 1e-30, -.5, 1e-8, .3, 1e-5)
@@ -67,8 +67,12 @@ def still_is(norm: nn.Module, found: Frozen) -> bool:
         found (Frozen): From :func:`frozen`.
 
     Returns:
-        bool: False where an attribute that its forward may read is another.
+        bool: False where an attribute that its forward may read is another,
+            or it holds other things than it did.
     """
+    if not _has_the_buffers(norm) or any(
+            module is not None for module in norm._modules.values()):
+        return False
     attributes = _attributes(norm)
     if found.eps is None:
         attributes.pop('eps', None)
@@ -105,7 +109,9 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
     name = norm_type.__name__
     if isinstance(norm, torch.jit.ScriptModule):
         return f'the code of this {name} was generated for this instance'
-    children = [child for child, module in norm._modules.items() if module]
+    children = [
+        child for child, module in norm._modules.items() if module is not None
+    ]
     if children:
         return (f'{name} holds {", ".join(map(repr, children))}, which its '
                 'forward may call')
@@ -132,9 +138,12 @@ def _has_the_buffers(norm: nn.Module) -> bool:
             or any(p is not None for p in {**norm._parameters}.values())):
         return False
     own = [buffers[name] for name in BUFFERS]
-    return (not any(t is None or is_lazy(t) for t in own)
+    # Not `is_lazy`, which torch.compile cannot trace.
+    return (not any(t is None or isinstance(t, UninitializedBuffer)
+                    for t in own)
             and all(t.is_floating_point() and t.dim() == 1 and t.numel()
-                    and t.shape == own[0].shape for t in own))
+                    and t.shape == own[0].shape and t.dtype == own[0].dtype
+                    for t in own))
 
 
 def _is_plain(value: Any) -> bool:
@@ -159,6 +168,8 @@ class _Probe:
         self.channels = norm.running_mean.numel()
         self.norm = bare_copy(norm)
         self.norm.__class__ = norm_type
+        # A forward may append to a list.
+        vars(self.norm).update(copy.deepcopy(self.attributes))
         self.counts = 'num_batches_tracked' in norm._buffers
 
     def result(self) -> Frozen | str:
@@ -175,7 +186,7 @@ class _Probe:
             return (f'the forward of {name} could not be tried '
                     f'({type(error).__name__})')
         if not certain:
-            return f'{name} does not compute {FORMULA}'
+            return f'{name} computes something else, or more, than {FORMULA}'
         if reads:
             self.attributes.pop('eps', None)
         return Frozen(None if reads else eps, self.attributes)

@@ -426,7 +426,7 @@ NORMALIZATIONS = {
     'AffineChannel of another name': (named('Scale', AffineChannel),
                                       NO_RUNNING),
     'running statistics': (KeepsStatistics, UNKNOWN),
-    'frozen, another formula': (Clipped, 'Clipped does not compute'),
+    'frozen, another formula': (Clipped, 'Clipped computes something else'),
     'BatchNorm without statistics': (
         lambda: nn.BatchNorm2d(4, track_running_stats=False),
         'no running statistics'),
