@@ -460,6 +460,9 @@ class ConvState:
 
     def is_small(self, x: Any) -> bool:
         """Whether the stock modules are cheaper for the current call."""
+        if torch.compiler.is_compiling():
+            # A fold is a few kernels there.
+            return False
         kept = self.keeps_fold and not torch.is_grad_enabled()
         least = self.least_kept if kept else self.least_input
         return isinstance(x, Tensor) and x.numel() < least

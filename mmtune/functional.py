@@ -157,6 +157,17 @@ def _fold_weight(weight: Tensor, coeff: Tensor,
     return _strided_as(folded.view_as(weight), weight.stride())
 
 
+def _fold_weight_anew(weight: Tensor, coeff: Tensor,
+                      coeff_shape: tuple[int, ...]) -> Tensor:
+    """:func:`_fold_weight` in backward, with the factors swapped.
+
+    Where ``torch.compile`` finds an expression of the forward in backward, it
+    keeps the result, here the folded weight.
+    """
+    folded = coeff.view(coeff_shape) * _by_group(weight, coeff_shape)
+    return _strided_as(folded.view_as(weight), weight.stride())
+
+
 def _strided_as(product: Tensor, strides: tuple[int, ...]) -> Tensor:
     """A product with the strides of its factor.
 
@@ -286,7 +297,7 @@ class _FoldAndRun(torch.autograd.Function):
             ctx.needs_input_grad[:5]
         coeff_shape = ctx.coeff_shape
         coeff = _scale(bn_weight, rstd)
-        folded_weight = _fold_weight(weight, coeff, coeff_shape).to(
+        folded_weight = _fold_weight_anew(weight, coeff, coeff_shape).to(
             grad_output.dtype)
 
         # The gradients that a plain convolution with the folded weight has;

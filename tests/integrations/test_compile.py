@@ -2,10 +2,12 @@
 import pytest
 import torch
 from mmengine.runner import FlexibleRunner
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_on
+from mmtune.analysis import saved_bytes
 from tests.oracle import assert_equal_steps, runs, step, stock_copy
 from tests.toy import TUNE, build_runner, conv_bns, loader, losses
 
@@ -193,3 +195,45 @@ def test_compile_argument_of_the_flexible_runner(options, run):
             **more)
 
     run(build, dict(backend='aot_eager', **options))
+
+
+class Residual(nn.Module):
+    """Weights that are large beside the maps, and an activation of choice."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c, 64, 3, padding=1, bias=False) for c in (3, 64, 64))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(64) for _ in self.convs)
+        self.act = act
+
+    def forward(self, x):
+        x = self.act(self.bns[0](self.convs[0](x)))
+        y = self.act(self.bns[1](self.convs[1](x)))
+        return self.act(self.bns[2](self.convs[2](y)) + x)
+
+
+@pytest.mark.parametrize('act', [nn.ReLU(), nn.SiLU()])
+@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('amp', [False, True])
+def test_keeps_what_compiled_deploy_keeps(act, dynamic, amp):
+    """The partitioner would else keep the folded weights for backward."""
+    kept = {}
+    for mode in ('Eval', 'Tune', 'Deploy'):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = Residual(act).eval()
+        if mode != 'Eval':
+            turn_on(model, mode)
+        compiled = torch.compile(
+            model,
+            backend='aot_eager_decomp_partition',
+            fullgraph=True,
+            dynamic=dynamic)
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            with saved_bytes(model) as saved:
+                output = compiled(torch.randn(2, 3, 8, 8))
+            kept[mode] = saved.total
+        output.float().sum().backward()
+    assert kept['Tune'] <= 1.02 * kept['Deploy']
+    assert kept['Tune'] <= kept['Eval']
