@@ -358,7 +358,7 @@ at::ScalarType common_dtype(std::initializer_list<const Tensor*> tensors) {
   auto dtype = at::kFloat;
   for (const Tensor* tensor : tensors) {
     if (tensor->defined()) {
-      dtype = at::promote_types(dtype, tensor->scalar_type());
+      dtype = c10::promoteTypes(dtype, tensor->scalar_type());
     }
   }
   return dtype;
@@ -405,6 +405,15 @@ struct Norm {
 
   int64_t channels() const {
     return constants.size(1);
+  }
+
+  // A map in a dtype that a batch norm with these parameters takes: theirs,
+  // or half precision where they are float32.
+  Tensor to_take(const Tensor& map) const {
+    const auto dtype = constants.scalar_type();
+    return is_half(map.scalar_type()) && dtype == at::kFloat
+        ? map
+        : cast(map, dtype);
   }
 
   // ``tensor * coeff`` where the second dimension has the channels; with
@@ -503,14 +512,10 @@ Tensor fold_bias(const Norm& norm) {
 
 // Z from Y, as stock's batch norm does it, and bit for bit.
 Tensor normalize(const Tensor& map, const Norm& norm) {
-  const auto dtype = norm.constants.scalar_type();
-  if (map.scalar_type() != dtype && !is_half(map.scalar_type())) {
-    // No mixture that a batch norm takes.
-    return cast(norm.apply(cast(map, dtype), norm.mean(), norm.bias),
+  if (!norm.looped || !serves(map, map.scalar_type()) ||
+      !map.is_same(norm.to_take(map))) {
+    return cast(norm.apply(norm.to_take(map), norm.mean(), norm.bias),
                 map.scalar_type());
-  }
-  if (!norm.looped || !serves(map, map.scalar_type())) {
-    return norm.apply(map, norm.mean(), norm.bias);
   }
   // In place: the kernel reads each element before it writes it.
   Tensor out = map;
@@ -640,9 +645,8 @@ std::pair<Tensor, Tensor> scale_gradient(const Tensor& grad, const Norm& norm,
                                          bool needs_sum) {
   const auto dtype = norm.constants.scalar_type();
   if (!norm.looped || !serves(grad, dtype)) {
-    const Tensor taken =
-        is_half(grad.scalar_type()) ? grad : cast(grad, dtype);
-    const Tensor scaled = norm.apply(taken, norm.zeros(), Tensor());
+    const Tensor scaled =
+        norm.apply(norm.to_take(grad), norm.zeros(), Tensor());
     return {cast(scaled, grad.scalar_type()), Tensor()};
   }
   const auto dense_rows = map_rows(grad);
