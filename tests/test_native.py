@@ -521,7 +521,7 @@ ANY = dict(
     frozen=st.sets(st.sampled_from(['x', *PARAMETERS])))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(**ANY)
 def test_any_block_equals_stock(node, **case):
     check_any_block(**case)
