@@ -56,16 +56,17 @@ using MaybeTensor = std::optional<Tensor>;
 enum Plan : int64_t { kChoose, kFold, kScale };
 
 // The map is scaled where it has at most this many elements for each of the
-// weight's. As tests/benchmarks/plans.py measured on one core of an AMD EPYC
-// (torch 2.13, float32, two images), the time of folding and of scaling, as a
-// share of Eval's, by elements of the map for each of the weight's:
+// weight's. tests/benchmarks/plans.py on one core of an AMD EPYC that others
+// used as well (torch 2.13, float32, two images): by elements of the map for
+// each of the weight's, the time of folding and of scaling as a share of
+// Eval's, the least of two runs; another run is up to 0.05 off.
 //
-//     512 channels, 1x1   0.06: 1.12, 0.98   0.25: 1.08, 1.03   1: 1.02, 1.00
-//     256 channels, 1x1   0.13: 1.03, 0.95      2: 0.90, 0.90   8: 0.79, 0.93
-//      64 channels, 1x1   0.5:  1.01, 1.00      2: 0.96, 0.94  32: 0.85, 0.98
-//     256 channels, 3x3   0.06: 1.11, 1.01   0.22: 1.03, 1.01
-//      64 channels, 3x3   0.06: 0.97, 0.95   0.89: 0.97, 0.98
-//      depthwise,   3x3   3.6:  0.95, 0.94     14: 0.93, 1.02  57: 0.89, 0.95
+//     512 channels, 1x1   0.06: 1.09, 0.98   0.25: 1.08, 1.03   1: 1.01, 1.00
+//     256 channels, 1x1   0.13: 0.99, 0.94      2: 0.90, 0.90   8: 0.79, 0.93
+//      64 channels, 1x1   0.5:  0.93, 0.89      2: 0.93, 0.88  32: 0.81, 0.89
+//     256 channels, 3x3   0.01: 1.05, 0.98   0.06: 1.11, 1.01
+//      64 channels, 3x3   0.06: 0.97, 0.95    0.9: 0.96, 0.94  3.6: 0.97, 0.99
+//      depthwise,   3x3   3.6:  0.95, 0.94     14: 0.93, 0.94  57: 0.89, 0.95
 constexpr double kMapPerWeight = 2;
 
 Tensor or_undefined(const MaybeTensor& tensor) {
@@ -607,7 +608,8 @@ struct Block {
 // Operators here are neither recorded nor cast.
 struct Below {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{
+      c10::autocast_dispatch_keyset};
 };
 
 // A copy: a training step may change the statistics before backward.
@@ -724,8 +726,8 @@ Tensor sum_gradient(const Tensor& grad, const Norm& norm) {
 
 // From the gradients of the folded weight (which is overwritten, or undefined
 // where nothing needs it) and of the folded bias to those of the parameters.
-void chain_looped(const Tensor& folded, const Tensor& sum, const Tensor& weight,
-                  const Rows& rows, const Norm& norm, const Needs& needs,
+void chain_looped(const Tensor& folded, const Tensor& sum,
+                  const Tensor& weight, const Rows& rows, const Norm& norm, const Needs& needs,
                   Gradients& result) {
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "chain", [&] {
     const Factors<scalar_t> factors(norm);
