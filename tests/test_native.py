@@ -735,7 +735,8 @@ def test_a_compiler_that_does_not_run(fresh, monkeypatch):
 
 def test_what_is_built_does_not_load(fresh, monkeypatch):
     monkeypatch.setenv('CXX', compiler(
-        fresh / 'odd', 'for last; do :; done; echo nothing > "$last"\n'))
+        fresh / 'odd', '[ "$1" = --version ] && exit\n'
+        'for last; do :; done; echo nothing > "$last"\n'))
     assert_absent(monkeypatch, 'does not load')
 
 

@@ -727,8 +727,8 @@ Tensor sum_gradient(const Tensor& grad, const Norm& norm) {
 // From the gradients of the folded weight (which is overwritten, or undefined
 // where nothing needs it) and of the folded bias to those of the parameters.
 void chain_looped(const Tensor& folded, const Tensor& sum,
-                  const Tensor& weight, const Rows& rows, const Norm& norm, const Needs& needs,
-                  Gradients& result) {
+                  const Tensor& weight, const Rows& rows, const Norm& norm,
+                  const Needs& needs, Gradients& result) {
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "chain", [&] {
     const Factors<scalar_t> factors(norm);
     const int64_t channels = norm.channels();
