@@ -17,14 +17,18 @@ weight. It says where the weight has its output channels:
 - ``(groups, 1, out_channels / groups, 1, ...)``, one dimension more than the
   weight: in the second, for each group of the first.
 """
+import enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmtune import native
 
 __all__ = [
-    'Convolution', 'Product', 'fold', 'fold_and_run', 'norm_coefficients',
-    'run_folded'
+    'Convolution', 'Plan', 'Product', 'fold', 'fold_and_run',
+    'fold_and_run_norm', 'norm_coefficients', 'run_folded'
 ]
 
 
@@ -113,6 +117,23 @@ class Product:
 
 
 LinearMap = Convolution | Product
+# The geometry of a product, as the native node takes it.
+_NO_GEOMETRY = ((), (), (), False, (), 1)
+
+
+class Plan(enum.IntEnum):
+    """How the native node runs a block; each gives the same.
+
+    Attributes:
+        CHOOSE: By sizes, see ``csrc/fold.cpp``.
+        FOLD: Convolve with the folded weight.
+        SCALE: Convolve with the weight itself and normalize the output in
+            place, in the range and, in the forward, with the bits of Eval.
+    """
+
+    CHOOSE = 0
+    FOLD = 1
+    SCALE = 2
 
 
 def norm_coefficients(running_mean: Tensor, running_var: Tensor,
@@ -243,6 +264,75 @@ def fold_and_run(linear_map: LinearMap, x: Tensor, weight: Tensor,
     folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
                   coeff_shape)
     return run_folded(linear_map, x, folded)
+
+
+# Other types may follow what is done to them, operator by operator.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _native_node(*tensors: Tensor) -> Any:
+    """The native node where it may run, else None.
+
+    What traces or transforms needs to see operators of its own.
+    """
+    if (torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None):
+        return None
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return None
+    return native.node()
+
+
+def fold_and_run_norm(linear_map: LinearMap,
+                      x: Tensor,
+                      weight: Tensor,
+                      bias: Tensor | None,
+                      bn_weight: Tensor | None,
+                      bn_bias: Tensor | None,
+                      running_mean: Tensor,
+                      running_var: Tensor,
+                      eps: float,
+                      coeff_shape: tuple[int, ...],
+                      plan: Plan = Plan.CHOOSE) -> Tensor:
+    """Do what :func:`fold_and_run` does, from the running statistics.
+
+    The whole block is one native node where there is one
+    (:mod:`mmtune.native`), and else the one in Python.
+
+    Args:
+        linear_map (LinearMap): What is done with the weight.
+        x (Tensor): See :func:`fold_and_run`, as for the next four.
+        weight (Tensor): Of the convolution or linear layer.
+        bias (Tensor, optional): Of the convolution.
+        bn_weight (Tensor, optional): gamma.
+        bn_bias (Tensor, optional): beta.
+        running_mean (Tensor): Shape (out_channels,).
+        running_var (Tensor): Shape (out_channels,).
+        eps (float): Added to the variance.
+        coeff_shape (tuple[int, ...]): See above.
+        plan (Plan): How the native node is to run it; the one in Python
+            always folds.
+
+    Returns:
+        Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
+
+    Raises:
+        ValueError: If a vector does not have one number for each channel.
+    """
+    node = _native_node(x, weight)
+    if node is not None:
+        geometry = (
+            linear_map
+            if isinstance(linear_map, Convolution) else _NO_GEOMETRY)
+        return node.fold_and_run(x, weight, bias, bn_weight, bn_bias,
+                                 running_mean, running_var, eps, *geometry,
+                                 plan)
+    coefficients = norm_coefficients(running_mean, running_var, eps)
+    return fold_and_run(linear_map, x, weight, bias, bn_weight, bn_bias,
+                        *coefficients, coeff_shape)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

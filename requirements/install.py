@@ -100,6 +100,13 @@ def install():
         pip('install', '--no-build-isolation', '--editable',
             f'{ROOT}[mmdet,tests,lint]')
     run(PYTHON, '-c', OPS_WORK)
+    build_native()
+
+
+def build_native():
+    """Build ahead what the first fold would; without it, Python serves."""
+    say('Building the native node of Tune mode')
+    subprocess.run([PYTHON, '-m', 'mmtune.native'])
 
 
 def install_mmcv():

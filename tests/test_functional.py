@@ -9,7 +9,7 @@ from mmtune.analysis import saved_bytes
 from mmtune.functional import (
     Convolution,
     fold,
-    fold_and_run,
+    fold_and_run_norm,
     norm_coefficients,
 )
 
@@ -65,12 +65,10 @@ def stock(tensors, statistics, geometry, eps):
 
 
 def tuned(tensors, statistics, geometry, eps):
-    coefficients = norm_coefficients(
-        statistics['running_mean'], statistics['running_var'], eps)
     weight = tensors['weight']
     coeff_shape = (weight.size(0), ) + (1, ) * (weight.dim() - 1)
-    return fold_and_run(geometry, *tensors.values(), *coefficients,
-                        coeff_shape)
+    return fold_and_run_norm(geometry, *tensors.values(),
+                             *statistics.values(), eps, coeff_shape)
 
 
 def gradients(function, case):

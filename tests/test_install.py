@@ -40,18 +40,20 @@ def steps(install, monkeypatch):
     monkeypatch.setattr(install, 'run', record)
     monkeypatch.setattr(install, 'runs', lambda: True)
     monkeypatch.setattr(install, 'ops_work', lambda: True)
+    monkeypatch.setattr(install, 'build_native',
+                        lambda: commands.append('native'))
     return commands
 
 
 def test_torch_comes_first_and_nothing_is_done_twice(install, steps):
     install.main()
-    torch, others, check = steps
+    torch, others, check, native = steps
     assert 'torch' in torch and '[mmdet,tests,lint]' in others
     assert f'-c {install.CONSTRAINTS}' in torch
     assert f'-c {install.CONSTRAINTS}' in others
-    assert 'mmcv.ops' in check
+    assert 'mmcv.ops' in check and native == 'native'
     install.main()
-    assert len(steps) == 3
+    assert len(steps) == 4
 
 
 @pytest.mark.parametrize('name', [

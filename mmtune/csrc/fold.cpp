@@ -1,0 +1,1030 @@
+// A convolution (or linear layer) and a BatchNorm with fixed statistics as
+// one autograd node: the fold, the convolution and their backward.
+//
+// It computes what mmtune/functional.py does and keeps what that keeps, the
+// input and the weight; docs/en/method.md has the formulas. Two plans, equal
+// but for rounding:
+//
+// - fold the weight: convolve with w' = w * coeff, in backward made anew;
+// - scale the map: convolve with w, as Eval does, and normalize the output in
+//   place. Backward needs no output either: dX comes from dY = coeff * dZ,
+//   and everything else from dw', which is taken from dZ itself.
+//
+// On a CPU, passes over dense float32 and float64 tensors are the loops of
+// "One pass" below, which the compiler vectorizes. All else runs as ATen
+// operators. There a batch norm with mean 0 and no bias multiplies by coeff,
+// and its backward gives both the chain through that and gamma's gradient:
+// one operator in the place of four.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/native_batch_norm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/accumulate.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Ints = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+enum Plan : int64_t { kChoose, kFold, kScale };
+
+// The map is scaled where it has at most this many elements for each of the
+// weight's. tests/benchmarks/plans.py on one core of an AMD EPYC that others
+// used as well (torch 2.13, float32, two images): by elements of the map for
+// each of the weight's, the time of folding and of scaling as a share of
+// Eval's, the least of two runs; another run is up to 0.05 off.
+//
+//     512 channels, 1x1   0.06: 1.09, 0.98   0.25: 1.08, 1.03   1: 1.01, 1.00
+//     256 channels, 1x1   0.13: 0.99, 0.94      2: 0.90, 0.90   8: 0.79, 0.93
+//      64 channels, 1x1   0.5:  0.93, 0.89      2: 0.93, 0.88  32: 0.81, 0.89
+//     256 channels, 3x3   0.01: 1.05, 0.98   0.06: 1.11, 1.01
+//      64 channels, 3x3   0.06: 0.97, 0.95    0.9: 0.96, 0.94  3.6: 0.97, 0.99
+//      depthwise,   3x3   3.6:  0.95, 0.94     14: 0.93, 0.94  57: 0.89, 0.95
+constexpr double kMapPerWeight = 2;
+
+Tensor or_undefined(const MaybeTensor& tensor) {
+  return tensor.has_value() ? *tensor : Tensor();
+}
+
+MaybeTensor or_none(const Tensor& tensor) {
+  return tensor.defined() ? MaybeTensor(tensor) : std::nullopt;
+}
+
+// Tensor::to asks the dispatcher, which takes as long as a small pass.
+Tensor cast(const Tensor& tensor, at::ScalarType dtype) {
+  return !tensor.defined() || tensor.scalar_type() == dtype ? tensor
+                                                            : tensor.to(dtype);
+}
+
+// --------------------------------------------------------------------------
+// What is done with the weight
+// --------------------------------------------------------------------------
+
+// A convolution by its geometry, or x @ weight.T where that is empty.
+struct LinearMap {
+  Ints stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+
+  bool is_product() const {
+    return stride.empty();
+  }
+
+  int64_t out_channels(const Tensor& weight) const {
+    return transposed ? weight.size(1) * groups : weight.size(0);
+  }
+
+  Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias) const {
+    if (!is_product()) {
+      return at::convolution(x, weight, or_none(bias), stride, padding,
+                             dilation, transposed, output_padding, groups);
+    }
+    return bias.defined() ? at::addmm(bias, x, weight.t())
+                          : x.mm(weight.t());
+  }
+
+  // The gradients of the input and of the weight, where they are needed.
+  std::pair<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& x,
+                                      const Tensor& weight, bool needs_x,
+                                      bool needs_weight) const {
+    if (is_product()) {
+      return {needs_x ? grad.mm(weight) : Tensor(),
+              needs_weight ? grad.t().mm(x) : Tensor()};
+    }
+    auto [grad_x, grad_weight, _] = at::convolution_backward(
+        grad, x, weight, at::OptionalIntArrayRef(), stride, padding, dilation,
+        transposed, output_padding, groups, {needs_x, needs_weight, false});
+    return {grad_x, grad_weight};
+  }
+
+  // The gradient of the input without the input, which
+  // at::convolution_backward asks for: the convolution that it is.
+  Tensor input_gradient(const Tensor& grad, const Tensor& weight,
+                        IntArrayRef input_shape) const {
+    if (is_product()) {
+      return grad.mm(weight);
+    }
+    Ints adjust(stride.size(), 0);
+    if (!transposed) {
+      for (size_t i = 0; i < adjust.size(); i++) {
+        adjust[i] = input_shape[i + 2] - (grad.size(i + 2) - 1) * stride[i] +
+            2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1;
+      }
+    }
+    return at::convolution(grad, weight, std::nullopt, stride, padding,
+                           dilation, !transposed, adjust, groups);
+  }
+
+  double output_numel(const Tensor& x, const Tensor& weight) const {
+    double numel = static_cast<double>(x.size(0)) *
+        static_cast<double>(out_channels(weight));
+    for (size_t i = 0; i < stride.size(); i++) {
+      const int64_t in = x.size(i + 2);
+      const int64_t reach = dilation[i] * (weight.size(i + 2) - 1) + 1;
+      numel *= static_cast<double>(
+          transposed
+              ? (in - 1) * stride[i] - 2 * padding[i] + reach +
+                  output_padding[i]
+              : (in + 2 * padding[i] - reach) / stride[i] + 1);
+    }
+    return numel;
+  }
+};
+
+Plan choose(const LinearMap& map, const Tensor& x, const Tensor& weight) {
+  return map.output_numel(x, weight) <=
+          kMapPerWeight * static_cast<double>(weight.numel())
+      ? kScale
+      : kFold;
+}
+
+// --------------------------------------------------------------------------
+// Layouts
+// --------------------------------------------------------------------------
+
+// How a dense tensor lies in memory, by channels: (groups, outer, channels,
+// inner), where channel number ``group * channels + channel`` multiplies.
+struct Rows {
+  int64_t groups, outer, channels, inner;
+};
+
+bool is_channels_last(const Tensor& tensor) {
+  return tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+      tensor.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+}
+
+// Of a weight that is contiguous or channels-last.
+Rows weight_rows(const Tensor& weight, const LinearMap& map) {
+  const bool contiguous = weight.is_contiguous();
+  const int64_t first = weight.size(0), second = weight.size(1);
+  const int64_t pixels = c10::multiply_integers(weight.sizes().slice(2));
+  if (!map.transposed) {
+    return Rows{1, 1, first, second * pixels};
+  }
+  const int64_t inputs = first / map.groups;
+  return contiguous ? Rows{map.groups, inputs, second, pixels}
+                    : Rows{map.groups, inputs * pixels, second, 1};
+}
+
+std::optional<Rows> map_rows(const Tensor& map) {
+  const int64_t pixels = c10::multiply_integers(map.sizes().slice(2));
+  if (map.is_contiguous()) {
+    return Rows{1, map.size(0), map.size(1), pixels};
+  }
+  if (is_channels_last(map)) {
+    return Rows{1, map.size(0) * pixels, map.size(1), 1};
+  }
+  return std::nullopt;
+}
+
+// As (batch, channels, pixels), the shape that a batch norm takes.
+Tensor as_map(const Tensor& tensor, const Rows& rows) {
+  const auto [groups, outer, channels, inner] = rows;
+  if (groups == 1) {
+    return tensor.as_strided({outer, channels, inner},
+                             {channels * inner, inner, 1});
+  }
+  return tensor
+      .as_strided({groups, outer, channels, inner},
+                  {outer * channels * inner, channels * inner, inner, 1})
+      .transpose(0, 1)
+      .reshape({outer, groups * channels, inner});
+}
+
+// The inverse, in the shape and the strides of ``like``.
+Tensor from_map(Tensor map, const Rows& rows, const Tensor& like) {
+  if (rows.groups > 1) {
+    map = map.view({rows.outer, rows.groups, rows.channels, rows.inner})
+              .transpose(0, 1)
+              .contiguous();
+  }
+  return map.as_strided(like.sizes(), like.strides());
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); i++) {
+    // With one element a dimension's stride says nothing.
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// --------------------------------------------------------------------------
+// One pass
+// --------------------------------------------------------------------------
+
+constexpr int64_t kGrain = 32768;
+// What any x86-64 and 64-bit Arm has. Left to itself, a compiler may not add
+// up a row in several sums at a time.
+template <typename T>
+using Vector [[gnu::vector_size(16)]] = T;
+constexpr int64_t kVectors = 4;
+// How many terms of a sum are added up in T before they go to a double.
+constexpr int64_t kTerms = 32;
+
+// Sums of a, or of a * b, and at the same time out = a * factor. ``out`` may
+// be ``a``: what is read is read before it is written.
+template <typename T, bool kDot, bool kWrite>
+double reduce_line(const T* a, const T* b, T* out, T factor, int64_t size) {
+  constexpr int64_t kEach = sizeof(Vector<T>) / sizeof(T);
+  const auto step = [&](int64_t k, Vector<T>& sum) {
+    Vector<T> value, with;
+    std::memcpy(&value, a + k, sizeof(value));
+    if constexpr (kDot) {
+      std::memcpy(&with, b + k, sizeof(with));
+      sum += value * with;
+    } else {
+      sum += value;
+    }
+    if constexpr (kWrite) {
+      value *= factor;
+      std::memcpy(out + k, &value, sizeof(value));
+    }
+  };
+  double total = 0;
+  const auto add = [&](const Vector<T>& sum) {
+    for (int64_t j = 0; j < kEach; j++) {
+      total += sum[j];
+    }
+  };
+  int64_t k = 0;
+  while (k + kVectors * kEach <= size) {
+    Vector<T> sums[kVectors] = {};
+    for (int64_t term = 0; term < kTerms && k + kVectors * kEach <= size;
+         term++, k += kVectors * kEach) {
+      for (int64_t j = 0; j < kVectors; j++) {
+        step(k + j * kEach, sums[j]);
+      }
+    }
+    add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  Vector<T> rest = {};
+  for (; k + kEach <= size; k += kEach) {
+    step(k, rest);
+  }
+  add(rest);
+  for (; k < size; k++) {
+    const T value = a[k];
+    total += kDot ? value * b[k] : value;
+    if constexpr (kWrite) {
+      out[k] = value * factor;
+    }
+  }
+  return total;
+}
+
+// The same for each channel. A channel belongs to one thread, so that the
+// order of its sum does not depend on how many there are.
+template <typename T, bool kDot, bool kWrite>
+void reduce(const T* a, const T* b, T* out, const T* coeff, double* totals,
+            const Rows& rows) {
+  const auto [groups, outer, channels, inner] = rows;
+  const int64_t each = std::max<int64_t>(outer * inner, 1);
+  std::fill(totals, totals + groups * channels, 0.);
+  at::parallel_for(
+      0, groups * channels, std::max<int64_t>(kGrain / each, 1),
+      [&, outer = outer, channels = channels, inner = inner](
+          int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t group = begin / channels;
+          const int64_t stop = std::min(end, (group + 1) * channels);
+          for (int64_t i = 0; i < outer; i++) {
+            // Of the group's first channel; may lie before the tensor's
+            // part that this thread sees.
+            const int64_t row =
+                ((group * outer + i) * channels - group * channels) * inner;
+            if (inner == 1) {
+              for (int64_t c = begin; c < stop; c++) {
+                const T value = a[row + c];
+                totals[c] += kDot ? value * b[row + c] : value;
+                if constexpr (kWrite) {
+                  out[row + c] = value * coeff[c];
+                }
+              }
+            } else {
+              for (int64_t c = begin; c < stop; c++) {
+                const int64_t at = row + c * inner;
+                totals[c] += reduce_line<T, kDot, kWrite>(
+                    a + at, kDot ? b + at : nullptr, kWrite ? out + at : out,
+                    kWrite ? coeff[c] : T(0), inner);
+              }
+            }
+          }
+          begin = stop;
+        }
+      });
+}
+
+// out = a * coeff, channel by channel; ``out`` may be ``a``.
+template <typename T>
+void scale(const T* a, T* out, const T* coeff, const Rows& rows) {
+  const auto [groups, outer, channels, inner] = rows;
+  const int64_t line = inner == 1 ? channels : inner;
+  const int64_t lines = groups * outer * (inner == 1 ? 1 : channels);
+  at::parallel_for(
+      0, lines, std::max<int64_t>(kGrain / std::max<int64_t>(line, 1), 1),
+      [&, outer = outer, channels = channels, inner = inner](
+          int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const T* from = a + i * line;
+          T* to = out + i * line;
+          if (inner == 1) {
+            const T* factors = coeff + i / outer * channels;
+            for (int64_t k = 0; k < line; k++) {
+              to[k] = from[k] * factors[k];
+            }
+          } else {
+            const T factor =
+                coeff[i / (outer * channels) * channels + i % channels];
+            for (int64_t k = 0; k < line; k++) {
+              to[k] = from[k] * factor;
+            }
+          }
+        }
+      });
+}
+
+// --------------------------------------------------------------------------
+// The normalization
+// --------------------------------------------------------------------------
+
+bool is_half(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
+// What the parameters promote to, at least float32: half precision would
+// lose the variance.
+at::ScalarType common_dtype(std::initializer_list<const Tensor*> tensors) {
+  auto dtype = at::kFloat;
+  for (const Tensor* tensor : tensors) {
+    if (tensor->defined()) {
+      dtype = c10::promoteTypes(dtype, tensor->scalar_type());
+    }
+  }
+  return dtype;
+}
+
+// Whether the loops of this file serve: not for what a subclass or a dispatch
+// mode stands behind, which must see operators.
+bool serves(const Tensor& tensor, at::ScalarType dtype) {
+  return !tensor.defined() ||
+      (tensor.scalar_type() == dtype && tensor.is_cpu() &&
+       tensor.layout() == at::kStrided && !tensor.is_neg() &&
+       !tensor._is_zerotensor() &&
+       !tensor.key_set().has(c10::DispatchKey::Python));
+}
+
+// A batch norm with fixed statistics, in one dtype, and the bias before it.
+struct Norm {
+  // Those that are undefined count as 1 (weight) or 0.
+  Tensor weight, bias, conv_bias;
+  // Mean, variance and zeros: (3, channels).
+  Tensor constants;
+  double eps;
+  // Whether the loops serve for parameters.
+  bool looped;
+
+  Norm(const Tensor& conv_weight, const Tensor& conv_bias_,
+       const Tensor& weight_, const Tensor& bias_, const Tensor& constants_,
+       double eps_)
+      : constants(constants_), eps(eps_) {
+    const auto dtype = constants.scalar_type();
+    const auto prepare = [&](const Tensor& tensor) {
+      return tensor.defined() ? cast(tensor, dtype).contiguous() : tensor;
+    };
+    weight = prepare(weight_);
+    bias = prepare(bias_);
+    conv_bias = prepare(conv_bias_);
+    looped = (dtype == at::kFloat || dtype == at::kDouble) &&
+        !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    for (const Tensor* tensor : std::initializer_list<const Tensor*>{
+             &conv_weight, &conv_bias, &weight, &bias, &constants}) {
+      looped = looped && serves(*tensor, dtype);
+    }
+  }
+
+  int64_t channels() const {
+    return constants.size(1);
+  }
+
+  // A map in a dtype that a batch norm with these parameters takes: theirs,
+  // or half precision where they are float32.
+  Tensor to_take(const Tensor& map) const {
+    const auto dtype = constants.scalar_type();
+    return is_half(map.scalar_type()) && dtype == at::kFloat
+        ? map
+        : cast(map, dtype);
+  }
+
+  // ``tensor * coeff`` where the second dimension has the channels; with
+  // ``mean`` and ``bias``, the whole normalization.
+  Tensor apply(const Tensor& tensor, const Tensor& mean,
+               const Tensor& bias) const {
+    return std::get<0>(at::native_batch_norm(
+        tensor, or_none(weight), or_none(bias), mean, constants.select(0, 1),
+        false, 0., eps));
+  }
+
+  // Of ``apply`` without ``bias``: the gradients of ``tensor`` and weight.
+  std::pair<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& tensor,
+                                      const Tensor& mean, bool needs_tensor,
+                                      bool needs_weight) const {
+    auto [grad_tensor, grad_weight, _] = at::native_batch_norm_backward(
+        grad, tensor, or_none(weight), mean, constants.select(0, 1),
+        std::nullopt, std::nullopt, false, eps,
+        {needs_tensor, needs_weight, false});
+    return {grad_tensor, grad_weight};
+  }
+
+  Tensor mean() const {
+    return constants.select(0, 0);
+  }
+
+  Tensor zeros() const {
+    return constants.select(0, 2);
+  }
+
+  // The bias before the normalization, as a map of one pixel.
+  Tensor bias_map() const {
+    return (conv_bias.defined() ? conv_bias : zeros()).view({1, channels()});
+  }
+};
+
+// Its numbers for the loops, made in double precision.
+template <typename T>
+struct Factors {
+  std::vector<double> rstd, shift;
+  std::vector<T> coeff;
+
+  explicit Factors(const Norm& norm) {
+    const int64_t channels = norm.channels();
+    const T* mean = norm.constants.const_data_ptr<T>();
+    const T* var = mean + channels;
+    const T* weight =
+        norm.weight.defined() ? norm.weight.const_data_ptr<T>() : nullptr;
+    const T* bias = norm.conv_bias.defined()
+        ? norm.conv_bias.const_data_ptr<T>()
+        : nullptr;
+    rstd.resize(channels);
+    shift.resize(channels);
+    coeff.resize(channels);
+    for (int64_t c = 0; c < channels; c++) {
+      rstd[c] = 1 / std::sqrt(var[c] + norm.eps);
+      shift[c] = (bias ? double(bias[c]) : 0.) - mean[c];
+      coeff[c] = static_cast<T>(weight ? rstd[c] * weight[c] : rstd[c]);
+    }
+  }
+};
+
+// The folded weight, in the weight's strides. Where the weight is of the
+// convolution's own half precision, so is the result.
+Tensor fold_weight(const Tensor& weight, const Rows& rows, const Norm& norm) {
+  if (!norm.looped) {
+    return from_map(norm.apply(as_map(weight, rows), norm.zeros(), Tensor()),
+                    rows, weight);
+  }
+  Tensor folded = at::empty_like(weight);
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "fold_weight", [&] {
+    const Factors<scalar_t> factors(norm);
+    scale(weight.const_data_ptr<scalar_t>(),
+          folded.mutable_data_ptr<scalar_t>(), factors.coeff.data(), rows);
+  });
+  return folded;
+}
+
+Tensor fold_bias(const Norm& norm) {
+  if (!norm.looped) {
+    return norm.apply(norm.bias_map(), norm.mean(), norm.bias).view(-1);
+  }
+  Tensor folded = at::empty({norm.channels()}, norm.constants.options());
+  AT_DISPATCH_FLOATING_TYPES(folded.scalar_type(), "fold_bias", [&] {
+    const Factors<scalar_t> factors(norm);
+    const scalar_t* bias =
+        norm.bias.defined() ? norm.bias.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* out = folded.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < norm.channels(); c++) {
+      out[c] = static_cast<scalar_t>(factors.shift[c] * factors.coeff[c] +
+                                     (bias ? bias[c] : 0.));
+    }
+  });
+  return folded;
+}
+
+// Z from Y, as stock's batch norm does it, and bit for bit.
+Tensor normalize(const Tensor& map, const Norm& norm) {
+  if (!norm.looped || !serves(map, map.scalar_type()) ||
+      !map.is_same(norm.to_take(map))) {
+    return cast(norm.apply(norm.to_take(map), norm.mean(), norm.bias),
+                map.scalar_type());
+  }
+  // In place: the kernel reads each element before it writes it.
+  Tensor out = map;
+  Tensor unused = at::empty({0}, norm.constants.options());
+  at::native_batch_norm_out(out, unused, unused, map,
+                            or_none(norm.weight), or_none(norm.bias),
+                            norm.mean(), norm.constants.select(0, 1), false,
+                            0., norm.eps);
+  return out;
+}
+
+// --------------------------------------------------------------------------
+// The node
+// --------------------------------------------------------------------------
+
+struct Block {
+  LinearMap map;
+  Plan plan;
+  double eps;
+  at::ScalarType bn_bias_dtype;
+  Ints input_shape;
+
+  // As plain lists: the context keeps nothing else, and a compiled backward
+  // takes nothing else.
+  void save(AutogradContext* ctx) const {
+    Ints numbers = {plan, map.transposed, map.groups,
+                    static_cast<int64_t>(bn_bias_dtype),
+                    static_cast<int64_t>(map.stride.size())};
+    for (const Ints* part : {&map.stride, &map.padding, &map.dilation,
+                             &map.output_padding, &input_shape}) {
+      numbers.insert(numbers.end(), part->begin(), part->end());
+    }
+    ctx->saved_data["block"] = std::move(numbers);
+    ctx->saved_data["eps"] = eps;
+  }
+
+  static Block load(const AutogradContext* ctx) {
+    const Ints numbers = ctx->saved_data.at("block").toIntVector();
+    auto next = numbers.begin() + 5;
+    const auto take = [&](int64_t size) {
+      Ints part(next, next + size);
+      next += size;
+      return part;
+    };
+    const int64_t dims = numbers[4];
+    Block block;
+    block.plan = static_cast<Plan>(numbers[0]);
+    block.map.transposed = numbers[1];
+    block.map.groups = numbers[2];
+    block.bn_bias_dtype = static_cast<at::ScalarType>(numbers[3]);
+    block.map.stride = take(dims);
+    block.map.padding = take(dims);
+    block.map.dilation = take(dims);
+    block.map.output_padding = take(dims);
+    block.input_shape.assign(next, numbers.end());
+    block.eps = ctx->saved_data.at("eps").toDouble();
+    return block;
+  }
+};
+
+// Operators here are neither recorded nor cast.
+struct Below {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{
+      c10::autocast_dispatch_keyset};
+};
+
+// A copy: a training step may change the statistics before backward.
+Tensor make_constants(const Tensor& mean, const Tensor& var,
+                      at::ScalarType dtype) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      !serves(mean, dtype) || !serves(var, dtype) || !mean.is_contiguous() ||
+      !var.is_contiguous()) {
+    return at::stack({mean, var, at::zeros_like(mean)}).to(dtype);
+  }
+  Tensor constants = at::empty({3, mean.numel()}, mean.options());
+  auto* to = static_cast<char*>(constants.mutable_data_ptr());
+  const size_t size = mean.nbytes();
+  std::memcpy(to, mean.const_data_ptr(), size);
+  std::memcpy(to + size, var.const_data_ptr(), size);
+  std::memset(to + 2 * size, 0, size);
+  return constants;
+}
+
+// The weight in a dtype that a batch norm with these parameters takes. One in
+// half precision stays so if its fold would end there in any case: it is
+// folded in float32 all the same.
+Tensor to_fold(const Tensor& weight, at::ScalarType dtype, const Norm& norm) {
+  const bool stays = is_half(dtype) && weight.scalar_type() == dtype &&
+      norm.constants.scalar_type() == at::kFloat;
+  const Tensor dense =
+      stays ? weight : cast(weight, norm.constants.scalar_type());
+  return dense.is_contiguous() || is_channels_last(dense)
+      ? dense
+      : dense.contiguous();
+}
+
+Tensor run(const Block& block, const Tensor& x, const Tensor& weight,
+           const Norm& norm) {
+  const auto dtype = x.scalar_type();
+  if (block.plan == kScale) {
+    return normalize(block.map.run(x, cast(weight, dtype),
+                                   cast(norm.conv_bias, dtype)),
+                     norm);
+  }
+  const Tensor dense = to_fold(weight, dtype, norm);
+  const Tensor folded =
+      fold_weight(dense, weight_rows(dense, block.map), norm);
+  return block.map.run(x, cast(folded, dtype), cast(fold_bias(norm), dtype));
+}
+
+struct Needs {
+  bool x, weight, bias, bn_weight, bn_bias;
+};
+
+// What backward has at hand.
+struct Saved {
+  Tensor x, weight, bias, bn_weight, constants;
+};
+
+struct Gradients {
+  Tensor x, weight, bias, bn_weight, bn_bias;
+};
+
+// The gradient of the map before the scaling, coeff * dZ, and the sum of dZ
+// by channels where the same pass gives it.
+std::pair<Tensor, Tensor> scale_gradient(const Tensor& grad, const Norm& norm,
+                                         bool needs_sum) {
+  const auto dtype = norm.constants.scalar_type();
+  if (!norm.looped || !serves(grad, dtype)) {
+    const Tensor scaled =
+        norm.apply(norm.to_take(grad), norm.zeros(), Tensor());
+    return {cast(scaled, grad.scalar_type()), Tensor()};
+  }
+  const auto dense_rows = map_rows(grad);
+  const Tensor dense = dense_rows ? grad : grad.contiguous();
+  const Rows rows = dense_rows ? *dense_rows : *map_rows(dense);
+  Tensor scaled = at::empty_like(dense);
+  Tensor sum;
+  AT_DISPATCH_FLOATING_TYPES(dtype, "scale_gradient", [&] {
+    const Factors<scalar_t> factors(norm);
+    const scalar_t* from = dense.const_data_ptr<scalar_t>();
+    scalar_t* to = scaled.mutable_data_ptr<scalar_t>();
+    if (needs_sum) {
+      std::vector<double> totals(norm.channels());
+      reduce<scalar_t, false, true>(from, nullptr, to, factors.coeff.data(),
+                                    totals.data(), rows);
+      sum = at::empty({norm.channels()}, norm.constants.options());
+      std::copy(totals.begin(), totals.end(),
+                sum.mutable_data_ptr<scalar_t>());
+    } else {
+      scale(from, to, factors.coeff.data(), rows);
+    }
+  });
+  return {scaled, sum};
+}
+
+// The sum of dZ over all but the channels, in the dtype of the parameters: a
+// convolution's kernel would sum less exactly.
+Tensor sum_gradient(const Tensor& grad, const Norm& norm) {
+  const auto dtype = norm.constants.scalar_type();
+  const auto rows = map_rows(grad);
+  if (!norm.looped || !serves(grad, dtype) || !rows) {
+    Ints others = {0};
+    for (int64_t i = 2; i < grad.dim(); i++) {
+      others.push_back(i);
+    }
+    return grad.sum(others, false, dtype);
+  }
+  Tensor sum = at::empty({norm.channels()}, norm.constants.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "sum_gradient", [&] {
+    std::vector<double> totals(norm.channels());
+    reduce<scalar_t, false, false>(grad.const_data_ptr<scalar_t>(), nullptr,
+                                   nullptr, nullptr, totals.data(), *rows);
+    std::copy(totals.begin(), totals.end(), sum.mutable_data_ptr<scalar_t>());
+  });
+  return sum;
+}
+
+// From the gradients of the folded weight (which is overwritten, or undefined
+// where nothing needs it) and of the folded bias to those of the parameters.
+void chain_looped(const Tensor& folded, const Tensor& sum,
+                  const Tensor& weight, const Rows& rows, const Norm& norm,
+                  const Needs& needs, Gradients& result) {
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "chain", [&] {
+    const Factors<scalar_t> factors(norm);
+    const int64_t channels = norm.channels();
+    const scalar_t* coeff = factors.coeff.data();
+    const scalar_t* sums =
+        sum.defined() ? sum.const_data_ptr<scalar_t>() : nullptr;
+    if (needs.bn_weight) {
+      // sum(dZ * Y) = <w, dw'>: the reason why Y need not be kept.
+      std::vector<double> dots(channels);
+      scalar_t* grad = folded.mutable_data_ptr<scalar_t>();
+      const scalar_t* with = weight.const_data_ptr<scalar_t>();
+      if (needs.weight) {
+        reduce<scalar_t, true, true>(grad, with, grad, coeff, dots.data(),
+                                     rows);
+      } else {
+        reduce<scalar_t, true, false>(grad, with, nullptr, nullptr,
+                                      dots.data(), rows);
+      }
+      result.bn_weight = at::empty({channels}, norm.constants.options());
+      scalar_t* out = result.bn_weight.mutable_data_ptr<scalar_t>();
+      for (int64_t c = 0; c < channels; c++) {
+        out[c] = static_cast<scalar_t>(
+            (dots[c] + sums[c] * factors.shift[c]) * factors.rstd[c]);
+      }
+    } else if (needs.weight) {
+      scalar_t* grad = folded.mutable_data_ptr<scalar_t>();
+      scale(grad, grad, coeff, rows);
+    }
+    if (needs.weight) {
+      result.weight = folded;
+    }
+    if (needs.bias) {
+      result.bias = at::empty({channels}, norm.constants.options());
+      scalar_t* out = result.bias.mutable_data_ptr<scalar_t>();
+      for (int64_t c = 0; c < channels; c++) {
+        out[c] = sums[c] * coeff[c];
+      }
+    }
+  });
+}
+
+void chain_by_operators(const Tensor& folded, const Tensor& sum,
+                        const Tensor& weight, const Rows& rows,
+                        const Norm& norm, const Needs& needs,
+                        Gradients& result) {
+  if (needs.weight || needs.bn_weight) {
+    const auto [grad, grad_scale] = norm.gradients(
+        as_map(folded, rows), as_map(weight, rows), norm.zeros(),
+        needs.weight, needs.bn_weight);
+    if (needs.weight) {
+      result.weight = from_map(grad, rows, folded);
+    }
+    result.bn_weight = grad_scale;
+  }
+  if (needs.bias || needs.bn_weight) {
+    const auto [grad, grad_scale] = norm.gradients(
+        sum.view({1, -1}), norm.bias_map(), norm.mean(), needs.bias,
+        needs.bn_weight);
+    if (needs.bias) {
+      result.bias = grad.view(-1);
+    }
+    if (needs.bn_weight) {
+      result.bn_weight = result.bn_weight + grad_scale;
+    }
+  }
+}
+
+Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
+                    const Needs& needs) {
+  const Below below;
+  const auto dtype = grad.scalar_type();
+  const Norm norm(saved.weight, saved.bias, saved.bn_weight, Tensor(),
+                  saved.constants, block.eps);
+  const Tensor dense = to_fold(saved.weight, dtype, norm);
+  const Rows rows = weight_rows(dense, block.map);
+  const bool needs_folded = needs.weight || needs.bn_weight;
+  const bool needs_sum = needs.bias || needs.bn_weight || needs.bn_bias;
+
+  Gradients result;
+  Tensor folded, sum;
+  if (block.plan == kScale) {
+    const Tensor weight = cast(saved.weight, dtype);
+    if (needs.x) {
+      Tensor grad_map;
+      std::tie(grad_map, sum) = scale_gradient(grad, norm, needs_sum);
+      result.x = saved.x.defined()
+          ? block.map.gradients(grad_map, saved.x, weight, true, false).first
+          : block.map.input_gradient(grad_map, weight, block.input_shape);
+    }
+    if (needs_folded) {
+      folded =
+          block.map.gradients(grad, saved.x, weight, false, true).second;
+    }
+  } else {
+    // Its values matter to the gradient of the input alone.
+    const Tensor weight = cast(
+        needs.x ? fold_weight(dense, rows, norm) : saved.weight, dtype);
+    if (needs_folded) {
+      std::tie(result.x, folded) =
+          block.map.gradients(grad, saved.x, weight, needs.x, true);
+    } else if (needs.x) {
+      result.x = saved.x.defined()
+          ? block.map.gradients(grad, saved.x, weight, true, false).first
+          : block.map.input_gradient(grad, weight, block.input_shape);
+    }
+  }
+  if (needs_sum && !sum.defined()) {
+    sum = sum_gradient(grad, norm);
+  }
+  if (needs_folded) {
+    folded = cast(folded, dense.scalar_type());
+    if (!same_strides(folded, dense)) {
+      folded = at::empty_like(dense).copy_(folded);
+    }
+  }
+  (norm.looped ? chain_looped : chain_by_operators)(folded, sum, dense, rows,
+                                                    norm, needs, result);
+  if (needs.bn_bias) {
+    result.bn_bias = sum;
+  }
+  return result;
+}
+
+// The same in operators that autograd records, for a second derivative.
+Gradients differentiable_gradients(const Block& block, const Tensor& grad,
+                                   const Saved& saved, const Needs& needs) {
+  const auto& [x, weight, bias, bn_weight, constants] = saved;
+  const auto dtype = constants.scalar_type();
+  const Tensor mean = constants.select(0, 0);
+  const Tensor rstd = (constants.select(0, 1) + block.eps).rsqrt();
+  const Tensor coeff = bn_weight.defined() ? rstd * bn_weight : rstd;
+
+  // The weight and coeff in shapes that multiply.
+  Ints shape(weight.dim(), 1);
+  Tensor by_group = weight;
+  if (block.map.transposed) {
+    shape[1] = weight.size(1);
+    shape.insert(shape.begin(), block.map.groups);
+    by_group = weight.unflatten(0, {block.map.groups, -1});
+  } else {
+    shape[0] = weight.size(0);
+  }
+  const Tensor factor = coeff.view(shape);
+
+  Gradients result;
+  Tensor folded;
+  const Tensor folded_weight =
+      (by_group * factor).view_as(weight).to(grad.scalar_type());
+  if (needs.weight || needs.bn_weight) {
+    std::tie(result.x, folded) =
+        block.map.gradients(grad, x, folded_weight, needs.x, true);
+    folded = folded.to(dtype).view_as(by_group);
+  } else if (needs.x) {
+    result.x =
+        block.map.input_gradient(grad, folded_weight, block.input_shape);
+  }
+  Ints others = {0};
+  for (int64_t i = 2; i < grad.dim(); i++) {
+    others.push_back(i);
+  }
+  const Tensor sum = grad.sum(others, false, dtype);
+  if (needs.weight) {
+    result.weight = (folded * factor).view_as(weight);
+  }
+  if (needs.bias) {
+    result.bias = sum * coeff;
+  }
+  if (needs.bn_weight) {
+    const Tensor dot = (folded * by_group).sum_to_size(shape).view(-1);
+    const Tensor shift = bias.defined() ? bias - mean : -mean;
+    result.bn_weight = (dot + sum * shift) * rstd;
+  }
+  if (needs.bn_bias) {
+    result.bn_bias = sum;
+  }
+  return result;
+}
+
+Norm make_norm(const Tensor& weight, const Tensor& bias,
+               const Tensor& bn_weight, const Tensor& bn_bias,
+               const Tensor& mean, const Tensor& var, double eps) {
+  const auto dtype =
+      common_dtype({&weight, &bias, &bn_weight, &bn_bias, &mean, &var});
+  return Norm(weight, bias, bn_weight, bn_bias,
+              make_constants(mean, var, dtype), eps);
+}
+
+struct Fold : torch::autograd::Function<Fold> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x,
+                        const Tensor& weight, const MaybeTensor& bias,
+                        const MaybeTensor& bn_weight,
+                        const MaybeTensor& bn_bias, const Norm& norm,
+                        const Block& block) {
+    // What learns decides whether a gradient depends on x.
+    const bool keeps_x = weight.requires_grad() ||
+        (bn_weight.has_value() && bn_weight->requires_grad());
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({keeps_x ? x : Tensor(), weight,
+                            or_undefined(bias), or_undefined(bn_weight),
+                            norm.constants});
+    block.save(ctx);
+    const Below below;
+    return run(block, x, weight, norm);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list results(7);
+    if (!grads[0].defined()) {
+      return results;
+    }
+    const Block block = Block::load(ctx);
+    variable_list tensors = ctx->get_saved_variables();
+    const Saved saved{tensors[0], tensors[1], tensors[2], tensors[3],
+                      tensors[4]};
+    const bool has_bn_bias = block.bn_bias_dtype != at::ScalarType::Undefined;
+    // Edges are numbered without those that are None.
+    size_t edge = 0;
+    Needs needs{};
+    needs.x = ctx->needs_input_grad(edge++);
+    needs.weight = ctx->needs_input_grad(edge++);
+    needs.bias = saved.bias.defined() && ctx->needs_input_grad(edge++);
+    needs.bn_weight =
+        saved.bn_weight.defined() && ctx->needs_input_grad(edge++);
+    needs.bn_bias = has_bn_bias && ctx->needs_input_grad(edge++);
+
+    Gradients result = at::GradMode::is_enabled()
+        ? differentiable_gradients(block, grads[0], saved, needs)
+        : gradients(block, grads[0], saved, needs);
+    const auto give = [&](size_t i, bool needed, const Tensor& grad,
+                          at::ScalarType dtype) {
+      if (needed) {
+        results[i] = cast(grad, dtype);
+      }
+    };
+    give(0, needs.x, result.x, grads[0].scalar_type());
+    give(1, needs.weight, result.weight, saved.weight.scalar_type());
+    if (needs.bias) {
+      give(2, true, result.bias, saved.bias.scalar_type());
+    }
+    if (needs.bn_weight) {
+      give(3, true, result.bn_weight, saved.bn_weight.scalar_type());
+    }
+    give(4, needs.bn_bias, result.bn_bias, block.bn_bias_dtype);
+    return results;
+  }
+};
+
+Tensor fold_and_run(const Tensor& x, const Tensor& weight,
+                    const MaybeTensor& bias, const MaybeTensor& bn_weight,
+                    const MaybeTensor& bn_bias, const Tensor& running_mean,
+                    const Tensor& running_var, double eps, Ints stride,
+                    Ints padding, Ints dilation, bool transposed,
+                    Ints output_padding, int64_t groups, int64_t plan) {
+  Block block{{std::move(stride), std::move(padding), std::move(dilation),
+               std::move(output_padding), transposed, groups},
+              static_cast<Plan>(plan),
+              eps,
+              bn_bias ? bn_bias->scalar_type() : at::ScalarType::Undefined,
+              x.sizes().vec()};
+  const int64_t channels = block.map.out_channels(weight);
+  for (const MaybeTensor& vector :
+       {bias, bn_weight, bn_bias, MaybeTensor(running_mean),
+        MaybeTensor(running_var)}) {
+    TORCH_CHECK_VALUE(
+        !vector || (vector->dim() == 1 && vector->size(0) == channels),
+        "the weight has ", channels, " output channels, but a vector has the "
+        "shape ", vector->sizes(), "; pass one number for each channel");
+  }
+  TORCH_CHECK_VALUE(
+      x.dim() == weight.dim(), "the weight has ", weight.dim(),
+      " dimensions and the input ", x.dim(), "; pass a batch of inputs");
+  if (plan == kChoose) {
+    block.plan = choose(block.map, x, weight);
+  }
+  std::optional<Norm> norm;
+  {
+    const Below below;
+    norm.emplace(make_norm(weight, or_undefined(bias),
+                           or_undefined(bn_weight), or_undefined(bn_bias),
+                           running_mean, running_var, eps));
+  }
+  const auto learns = [](const MaybeTensor& tensor) {
+    return tensor.has_value() && tensor->requires_grad();
+  };
+  if (at::GradMode::is_enabled() &&
+      (x.requires_grad() || weight.requires_grad() || learns(bias) ||
+       learns(bn_weight) || learns(bn_bias))) {
+    return Fold::apply(x, weight, bias, bn_weight, bn_bias, *norm, block);
+  }
+  const Below below;
+  return run(block, x, weight, *norm);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("fold_and_run",
+             torch::wrap_pybind_function_no_gil(fold_and_run));
+}
