@@ -7,17 +7,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from mmtune.attach import has_hooks
-from mmtune.behaviours import (
-    BlockState,
-    Pair,
-    attach_block,
-    attach_conv,
-    attach_norm,
-    hold_norms,
-    release,
-)
+from mmtune.attach import detach, has_hooks
+from mmtune.behaviours import attach_conv, attach_norm
+from mmtune.buffers import ConvBuffers
 from mmtune.functional import fold, norm_coefficients
+from mmtune.held import hold_norms
 from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
 from mmtune.matching import (
     OWN_OPTION,
@@ -27,6 +21,7 @@ from mmtune.matching import (
     norms_of,
 )
 from mmtune.report import Report, Row
+from mmtune.runs import BlockState, Pair, attach_block
 
 __all__ = [
     'MODES', 'FoldedNorm', 'keep_folds', 'latest_runs', 'turn_off', 'turn_on'
@@ -354,9 +349,18 @@ def _eps(norm: nn.Module) -> float:
 
 def _release(root: nn.Module) -> None:
     for module in root.modules():
-        if '_tune_own_option' in vars(module):
-            vars(module)[OWN_OPTION] = module._tune_own_option
-        release(module)
+        own = vars(module)
+        if '_tune_own_option' in own:
+            own[OWN_OPTION] = own['_tune_own_option']
+        for key in ('_tune_conv', '_tune_norm', '_tune_held'):
+            if key in own:
+                own[key].is_on = False
+        if isinstance(own['_buffers'], ConvBuffers):
+            own['_buffers'] = dict(own['_buffers'])
+        held = own.get('_tune_held')
+        detach(module)
+        if held is not None:
+            module.train(held.asked)
 
 
 def _tune(model: nn.Module, matches: Matches) -> None:

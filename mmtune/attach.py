@@ -12,6 +12,7 @@ types. What it does differently hangs on the instance:
 Nothing is looked up before it runs: a method that is replaced later, on the
 class or on the instance, is the one that runs from then on.
 """
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 
 __all__ = [
     'Hook', 'Override', 'attach', 'bare_copy', 'detach', 'has_hooks',
-    'heal', 'is_attached', 'overridden', 'run_last'
+    'TunedRepr', 'heal', 'is_attached', 'overridden', 'run_last'
 ]
 
 HOOKS = ('_forward_pre_hooks', '_forward_hooks')
@@ -42,28 +43,30 @@ class _Unscriptable:
             'mmtune.turn_off(model) before, and turn_on after if need be')
 
 
-class Hook(_Unscriptable):
+class Hook(_Unscriptable, functools.partial):
     """A forward hook or forward pre-hook that copies and pickles by name.
 
     A tool that makes one module of several may move a pre-hook to it, without
-    the note that it takes keywords: there it does nothing.
+    the note that it takes keywords: there it must do nothing.
 
     Args:
         function (Callable): Of a module's top level, bound to its own name
             as the hook.
     """
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-        self.__name__ = function.__name__
-        self.__module__ = function.__module__
+    @property
+    def __name__(self) -> str:
+        return self.func.__name__
 
-    def __call__(self, *args: Any) -> Any:
-        """Do what the function does."""
-        return self.function(*args) if len(args) == 3 else None
+    @property
+    def __module__(self) -> str:  # type: ignore[override]
+        return self.func.__module__
 
     def __reduce__(self) -> str:
         return self.__name__
+
+    def __deepcopy__(self, memo: dict) -> 'Hook':
+        return self
 
 
 class Override(_Unscriptable):
@@ -107,6 +110,21 @@ class Override(_Unscriptable):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.module, self.name)
+
+
+class TunedRepr(Override):
+    """Marks a module in ``print(model)``."""
+
+    def __call__(self) -> str:
+        """See ``nn.Module.extra_repr``."""
+        own = vars(self.module)
+        text = self.stock()
+        if '_tune_conv' in own or '_tune_norm' in own:
+            text += ', tune=True'
+        if '_tune_held' in own:
+            held = 'norm_train' if own['_tune_held'].training else 'norm_eval'
+            text += f', {held}=True'
+        return text.removeprefix(', ')
 
 
 def overridden(module: nn.Module, name: str) -> bool:

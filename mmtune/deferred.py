@@ -1,12 +1,13 @@
 """The output of a convolution that has not run yet."""
 import contextlib
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmtune.attach import bare_copy
-from mmtune.kinds import ConvKind
+from mmtune.kinds import ConvKind, parameter
 
 __all__ = [
     'CompiledDeferredConv', 'DeferredConv', 'defer', 'fingerprint',
@@ -17,6 +18,7 @@ ADVICE = ('leave its block out by naming the other submodules in the '
           '`modules` argument of `mmtune.turn_on`')
 # What the forward of a convolution reads beside its parameters.
 SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
+_get_settings = operator.itemgetter(*SETTINGS)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -35,11 +37,10 @@ def fingerprint(tensor: Any) -> tuple:
 
     Returns:
         tuple[int | None, int | None]: Version and address. Either is None
-        where it cannot be asked: the compiler knows neither (there the trace
-        has to be believed), inference tensors count no versions, and tensors
-        that are not plain may have no memory.
+        where it cannot be asked: inference tensors count no versions, and
+        tensors that are not plain may have no memory.
     """
-    if tensor is None or torch.compiler.is_compiling():
+    if tensor is None:
         return None, None
     kind = type(tensor)
     if kind is not Tensor and kind is not nn.Parameter:
@@ -84,8 +85,8 @@ class _Deferred:
         self.kind = kind
         self.inputs = inputs
         self.weight = kind.weight(conv)
-        self.bias = getattr(conv, 'bias', None)
-        self.settings = _settings(conv)
+        self.bias = parameter(conv, 'bias')
+        self.settings = self._current_settings()
         self.inside_function = inside_autograd_function()
         self.context = self._current_context()
         self.fingerprints = self._current_fingerprints()
@@ -95,10 +96,12 @@ class _Deferred:
         return (torch.is_grad_enabled(),
                 _autocast_dtype(self.inputs[0].device.type))
 
+    def _current_settings(self) -> tuple:
+        own = self.conv.__dict__
+        return tuple([own.get(name) for name in SETTINGS])
+
     def _current_fingerprints(self) -> list:
-        return [
-            fingerprint(t) for t in (*self.inputs, self.weight, self.bias)
-        ]
+        raise NotImplementedError
 
     def _changed(self) -> bool:
         now = self._current_fingerprints()
@@ -108,7 +111,7 @@ class _Deferred:
     def foldable(self) -> bool:
         """Whether a fold would see what the convolution was given."""
         return (self.output is None and self.context == self._current_context()
-                and self.settings == _settings(self.conv)
+                and self.settings == self._current_settings()
                 and not self._changed())
 
     def tensor(self) -> Tensor:
@@ -142,7 +145,7 @@ class _Deferred:
                 '`torch.autograd.Function` where its normalization was '
                 f'expected; {ADVICE}')
         conv = self.conv
-        if self.settings != _settings(conv):
+        if self.settings != self._current_settings():
             conv = bare_copy(conv)
             vars(conv).update(zip(SETTINGS, self.settings))
         with contextlib.ExitStack() as stack:
@@ -171,6 +174,22 @@ class DeferredConv(_Deferred, Tensor):
     :func:`defer`.
     """
 
+    def _current_context(self) -> tuple:
+        if not torch._C._is_any_autocast_enabled():
+            return torch.is_grad_enabled(), None
+        return super()._current_context()
+
+    def _current_settings(self) -> tuple:
+        try:
+            return _get_settings(self.conv.__dict__)
+        except KeyError:  # a linear layer, say
+            return super()._current_settings()
+
+    def _current_fingerprints(self) -> list:
+        return [
+            fingerprint(t) for t in (*self.inputs, self.weight, self.bias)
+        ]
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # Below Python's functions, where a gradient would be lost.
@@ -187,6 +206,10 @@ class CompiledDeferredConv(_Deferred):
     Which makes no subclass of tensors. It is no tensor to whoever asks for
     its type.
     """
+
+    def _current_fingerprints(self) -> list:
+        # Not to be known there: the trace has to be believed.
+        return []
 
 
 def defer(name: str, conv: nn.Module, kind: ConvKind, inputs: tuple) -> Any:
@@ -217,10 +240,6 @@ def defer(name: str, conv: nn.Module, kind: ConvKind, inputs: tuple) -> Any:
 def is_deferred(value: Any) -> bool:
     """Whether a value is what :func:`defer` returns."""
     return type(value) is DeferredConv or type(value) is CompiledDeferredConv
-
-
-def _settings(conv: nn.Module) -> tuple:
-    return tuple([vars(conv).get(name) for name in SETTINGS])
 
 
 def inside_autograd_function() -> bool:
@@ -276,7 +295,7 @@ def settle(value: Any) -> Any:
     Returns:
         The value itself where it holds no promise.
     """
-    if is_deferred(value):
+    if isinstance(value, _Deferred):
         return value.tensor()
     if isinstance(value, (tuple, list)):
         settled = [settle(item) for item in value]

@@ -28,7 +28,8 @@ from mmtune import native
 
 __all__ = [
     'Convolution', 'Plan', 'Product', 'fold', 'fold_and_run',
-    'fold_and_run_norm', 'norm_coefficients', 'run_folded'
+    'fold_and_run_norm', 'native_node', 'needs_gradient', 'norm_coefficients',
+    'run_folded'
 ]
 
 
@@ -270,10 +271,16 @@ def fold_and_run(linear_map: LinearMap, x: Tensor, weight: Tensor,
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _native_node(*tensors: Tensor) -> Any:
-    """The native node where it may run, else None.
+def native_node(*tensors: Tensor) -> Any:
+    """Give the native node where it may run.
 
     What traces or transforms needs to see operators of its own.
+
+    Args:
+        *tensors (Tensor): Input and weight.
+
+    Returns:
+        ModuleType | None: See :func:`mmtune.native.node`.
     """
     if (torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
@@ -322,7 +329,7 @@ def fold_and_run_norm(linear_map: LinearMap,
     Raises:
         ValueError: If a vector does not have one number for each channel.
     """
-    node = _native_node(x, weight)
+    node = native_node(x, weight)
     if node is not None:
         geometry = (
             linear_map

@@ -1,0 +1,263 @@
+"""Runs of blocks: where a convolution may wait, and how long.
+
+A block is a module whose forward calls pairs of a convolution and a
+normalization. While it runs, and nowhere else, its convolutions may return
+promises; when it ends, none is left.
+"""
+import inspect
+import sys
+import threading
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mmtune.attach import Hook, Override, attach
+from mmtune.deferred import defer, inside_autograd_function, settle
+from mmtune.kinds import ConvKind
+
+__all__ = ['BlockRun', 'BlockState', 'Pair', 'at', 'attach_block', 'runs']
+
+
+class Pair(NamedTuple):
+    """A convolution and the normalization that follows it in one forward.
+
+    Attributes:
+        conv (ConvState): State of the convolution.
+        norm (NormState): State of the normalization.
+        conv_path (tuple[str]): Where the block has the convolution.
+        norm_path (tuple[str]): Where the block has the normalization.
+    """
+
+    conv: Any
+    norm: Any
+    conv_path: tuple[str, ...]
+    norm_path: tuple[str, ...]
+
+
+def at(module: Any, path: tuple[str, ...]) -> Any:
+    """What a module has at a path.
+
+    Args:
+        module (nn.Module): Where the path begins.
+        path (tuple[str, ...]): Names of children.
+
+    Returns:
+        nn.Module | None: None where there is nothing.
+    """
+    for name in path:
+        if module is not None:
+            module = module._modules.get(name)
+    return module
+
+
+class BlockState:
+    """State of a block.
+
+    Attributes:
+        pairs (list[Pair]): What the trace found.
+        told (bool): Whether a warning said that layers were replaced.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+        self.told = False
+
+    def pairs_in(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The pairs that a block has now, by the modules that it has now."""
+        found = []
+        for pair in self.pairs:
+            conv, norm = at(block, pair.conv_path), at(block, pair.norm_path)
+            if (conv is not None and norm is not None
+                    and '_tune_conv' in conv.__dict__
+                    and '_tune_norm' in norm.__dict__):
+                found.append((conv, norm))
+            elif not self.told:
+                self._tell(pair, conv, norm)
+        return found
+
+    def replaced(self, block: nn.Module) -> list[Pair]:
+        """The pairs of which a block has another layer now."""
+        return [
+            pair for pair in self.pairs
+            if _is_replaced(at(block, pair.conv_path), pair.conv)
+            or _is_replaced(at(block, pair.norm_path), pair.norm)
+        ]
+
+    def _tell(self, pair: Pair, conv: Any, norm: Any) -> None:
+        for layer, state in ((conv, pair.conv), (norm, pair.norm)):
+            if _is_replaced(layer, state):
+                self.told = True
+                warnings.warn(
+                    f'{state.name!r} was replaced after mmtune.turn_on by '
+                    f'{type(layer).__name__}, so that its block runs as '
+                    'stock; call turn_on again after the last replacement',
+                    stacklevel=2)
+                return
+
+
+def _is_replaced(layer: Any, state: Any) -> bool:
+    """Whether a layer is another than the one that was turned on."""
+    # Turned off, it may be the same one still.
+    return state.is_on and (layer is None or not (
+        '_tune_conv' in vars(layer) or '_tune_norm' in vars(layer)))
+
+
+# By thread, the innermost run of a block. torch.compile knows one thread.
+_RUNS: dict[int, 'BlockRun'] = {}
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _handled_error() -> BaseException | None:
+    return None if torch.compiler.is_compiling() else sys.exc_info()[1]
+
+
+class BlockRun:
+    """One run of a block's forward, and the promises made in it.
+
+    Args:
+        block (nn.Module): The block.
+        pairs (list[tuple[nn.Module, nn.Module]]): Its convolutions and
+            normalizations.
+        outer (BlockRun, optional): The run that this one is a part of.
+    """
+
+    __slots__ = ('block', 'error', 'inside_function', 'outer', 'pairs',
+                 'promised', 'promises')
+
+    def __init__(self, block: nn.Module, pairs: list,
+                 outer: 'BlockRun | None') -> None:
+        self.block = block
+        self.pairs = pairs
+        self.outer = outer
+        self.error = _handled_error()
+        self.inside_function = inside_autograd_function()
+        self.promised = False
+        self.promises: list[weakref.ref] = []
+
+    def promise(self, name: str, kind: ConvKind, conv: nn.Module,
+                inputs: tuple) -> Any:
+        """Promise the output of a convolution called in this run."""
+        deferred = defer(name, conv, kind, inputs)
+        self.promised = True
+        if not torch.compiler.is_compiling():
+            self.promises.append(weakref.ref(deferred))
+        return deferred
+
+    def finish(self, output: Any) -> Any:
+        """Let no promise outlive the block, wherever it was put."""
+        if not self.promised or _handled_error() is not self.error:
+            return output
+        output = settle(output)
+        for reference in self.promises:
+            deferred = reference()
+            if deferred is not None:
+                deferred.tensor()
+        return output
+
+
+def runs() -> BlockRun | None:
+    """The innermost run of a block in this thread.
+
+    Returns:
+        BlockRun | None: Its ``outer`` leads to the others.
+    """
+    return _RUNS.get(_thread())
+
+
+def _enter(block: nn.Module) -> None:
+    thread, state = _thread(), block._tune_block
+    outer = _RUNS.get(thread)
+    _RUNS[thread] = BlockRun(block, state.pairs_in(block), outer)
+
+
+def _leave(block: nn.Module, output: Any) -> Any:
+    thread = _thread()
+    run = _RUNS.get(thread)
+    # Runs inside of this one that ended without a word, as by Ctrl-C.
+    while run is not None and run.block is not block:
+        run = run.outer
+    if run is None:
+        return output
+    if run.outer is None:
+        del _RUNS[thread]
+    else:
+        _RUNS[thread] = run.outer
+    return run.finish(output)
+
+
+@Hook
+def enter_block(block: nn.Module, args: tuple,
+                kwargs: dict | None = None) -> None:
+    """Forward pre-hook of a block."""
+    if '_tune_block' in vars(block):
+        _enter(block)
+
+
+@Hook
+def leave_block(block: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a block."""
+    return _leave(block, output)
+
+
+class Entry(Override):
+    """A method by which some run a block in the place of its forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block = self.module
+        run = _RUNS.get(_thread())
+        if run is not None and run.block is block:
+            return self.stock(*args, **kwargs)
+        _enter(block)
+        output = None
+        try:
+            output = self.stock(*args, **kwargs)
+        finally:
+            output = _leave(block, output)
+        return output
+
+
+class Replicate(Override):
+    """Keeps the entries of a block from a replica, whose they are not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        replica = self.stock(*args, **kwargs)
+        for name, value in list(vars(replica).items()):
+            if isinstance(value, (Entry, Replicate)):
+                del vars(replica)[name]
+        return replica
+
+
+def attach_block(block: nn.Module, state: BlockState) -> None:
+    """Make a module note its runs."""
+    overrides: dict[str, type[Override]] = {
+        name: Entry
+        for name in entries_of(type(block)) if name not in vars(block)
+    }
+    if overrides:
+        overrides['_replicate_for_data_parallel'] = Replicate
+    attach(
+        block, enter_block, leave_block, overrides=overrides,
+        _tune_block=state)
+
+
+def entries_of(block_type: type) -> list[str]:
+    """Methods by which a module may be run beside its forward.
+
+    Args:
+        block_type (type): Class of the module.
+
+    Returns:
+        list[str]: Such as ``'rfp_forward'`` and ``'forward_single'``.
+    """
+    return [
+        name for name in dir(block_type)
+        if (name.startswith('forward_') or name.endswith('_forward'))
+        and not name.startswith('_') and inspect.isfunction(
+            inspect.getattr_static(block_type, name))
+    ]
