@@ -355,7 +355,7 @@ def _release(root: nn.Module) -> None:
         for key in ('_tune_conv', '_tune_norm', '_tune_held'):
             if key in own:
                 own[key].is_on = False
-        if isinstance(own['_buffers'], ConvBuffers):
+        if isinstance(own.get('_buffers'), ConvBuffers):
             own['_buffers'] = dict(own['_buffers'])
         held = own.get('_tune_held')
         detach(module)

@@ -87,8 +87,17 @@ class Override(_Unscriptable):
 
     @property
     def module(self) -> Any:
-        """The module whose method it is."""
-        return self._module()
+        """The module whose method it is.
+
+        Raises:
+            RuntimeError: If the module is gone.
+        """
+        module = self._module()
+        if module is None:
+            raise RuntimeError(
+                f'the module of this {self.name!r} was freed, since nothing '
+                'but its method was kept; keep the module in a variable')
+        return module
 
     @property
     def __func__(self) -> Callable:
@@ -207,8 +216,10 @@ def detach(module: nn.Module) -> None:
     """Take away all that :func:`attach` gave to a module."""
     own = vars(module)
     for hooks in HOOKS:
-        for key in [k for k, h in own[hooks].items() if isinstance(h, Hook)]:
-            del own[hooks][key]
+        # A scripted module has none of its own.
+        attached = own.get(hooks, {})
+        for key in [k for k, h in attached.items() if isinstance(h, Hook)]:
+            del attached[key]
             for notes in HOOK_NOTES:
                 own[notes].pop(key, None)
     for name, value in list(own.items()):

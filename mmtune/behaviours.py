@@ -13,6 +13,7 @@ A pre-hook does the work, and the forward on the instance lets its result
 through. Anything else that touches a promise makes it run the plain
 convolution, so that the result is the stock one whatever the control flow.
 """
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 
-from mmtune.attach import Hook, Override, TunedRepr, attach, heal, run_last
+from mmtune.attach import (
+    Hook,
+    Override,
+    TunedRepr,
+    attach,
+    has_hooks,
+    heal,
+    run_last,
+)
 from mmtune.buffers import ConvBuffers, NamedBuffers
 from mmtune.deferred import (
     fingerprint,
@@ -40,7 +49,7 @@ from mmtune.functional import (
     run_folded,
 )
 from mmtune.kinds import ConvKind, NormKind, conv_kind, methods_of, patched
-from mmtune.runs import BlockRun, runs
+from mmtune.runs import BlockRun, runs, thread
 
 __all__ = ['ConvState', 'NormState', 'attach_conv', 'attach_norm']
 
@@ -60,19 +69,20 @@ HALF_CHECK_INTERVAL = 64
 # Who replaces these sees what every module gives.
 CALL = nn.Module.__call__, nn.Module._call_impl
 
-# By which a pre-hook hands the module that runs, the arguments and the output
-# (None where the stock forward is to run) to the forward on the instance.
-PASSED = '_tune_passed'
+# By thread, what a pre-hook hands to the forward on the instance that runs
+# next: that forward, the module, its arguments, and the output, None where the
+# stock forward is to run.
+_PASSED: dict[int, tuple] = {}
 
 
 class Forward(Override):
     """Lets the result of the pre-hook through, or runs the stock forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        passed = kwargs.pop(PASSED, None)
-        if passed is None:
-            return self.stock(*settle(args), **settle(kwargs))
-        module, made_of, output = passed
+        passed = _PASSED.pop(thread(), None)
+        if passed is None or passed[0] is not self:
+            return self.run_stock(self.module, settle(args), settle(kwargs))
+        _, module, made_of, output = passed
         # Another hook may have changed the arguments since.
         if (output is not None and not kwargs and len(args) == len(made_of)
                 and all([new is old for new, old in zip(args, made_of)])):
@@ -87,8 +97,6 @@ class Forward(Override):
 def _positional(module: nn.Module, args: tuple,
                 kwargs: dict) -> tuple[tuple, dict]:
     """Write arguments given by name in their places, where that is all."""
-    if not args and len(kwargs) == 1:
-        return tuple(kwargs.values()), {}
     code = getattr(type(module).forward, '__code__', None)
     if code is None:
         return args, kwargs
@@ -145,8 +153,8 @@ class ConvState(_LayerState):
         least_input (int): From how many elements of its input on the
             convolution is not small.
         least_kept (int): The same where the fold costs nothing.
-        deferred (bool): Whether the latest call in a forward deferred, or
-            could have.
+        deferred (bool): Whether the latest call that was not small deferred,
+            or could have.
         stays_inside (bool): Whether an autograd function that called the
             convolution was seen to call the normalization as well.
     """
@@ -188,7 +196,8 @@ class ConvState(_LayerState):
 
     def promise(self, conv: nn.Module, inputs: tuple) -> Any:
         """Promise the output, or a list of them; None where it must run."""
-        run = self._run_of_call(conv, inputs[0])
+        x = inputs[0]
+        run = self._run_of_call(conv, x)
         if run is None:
             return None
         if self.kind.gives_list:
@@ -196,7 +205,9 @@ class ConvState(_LayerState):
                 run.promise(self.name, *branch)
                 for branch in self.kind.branches(conv, *inputs)
             ]
-        if not isinstance(inputs[0], Tensor):
+        if not isinstance(x, Tensor) or (x.dim() > 1 and x.size(
+                1) != conv.__dict__.get('in_channels', x.size(1))):
+            # Stock's error comes from the convolution, not later.
             return None
         return run.promise(self.name, self.kind, conv, inputs)
 
@@ -208,13 +219,22 @@ class ConvState(_LayerState):
         if run is None and _inside_backward():
             # An activation checkpoint runs a part of the block's forward
             # anew, and has to meet there what it met the first time.
-            return BlockRun(conv, [], None) if self.deferred else None
+            if not self.deferred or why_not_defer(conv, self, self.norm, x):
+                return None
+            run = BlockRun(conv, [], None)
+            # Nobody else would settle what a hook in backward asks for.
+            torch.autograd.Variable._execution_engine.queue_callback(
+                functools.partial(run.finish, None))
+            return run
+        if run is None:
+            # What is small here is small when it runs anew.
+            self.deferred = self.deferred and self.is_small(x)
+            return None
         # A promise made inside an autograd function (a checkpoint is one)
         # could leave it, without its gradient.
-        self.deferred = (
-            run is not None and not _inside_transform()
-            and (self.stays_inside
-                 or run.inside_function == inside_autograd_function()))
+        self.deferred = (not _inside_transform() and (
+            self.stays_inside
+            or run.inside_function == inside_autograd_function()))
         return run if self.deferred else None
 
 
@@ -251,12 +271,22 @@ def why_not_defer(conv: nn.Module, state: ConvState, norm: nn.Module,
                 and [*conv._forward_pre_hooks.values()][-1] is not call_conv)
             or len(norm._forward_pre_hooks) != 1
             or norm._backward_hooks or norm._backward_pre_hooks
+            or (norm._forward_hooks and has_hooks(norm))
             or _has_any_global_hook()):
         return 'a hook sees what passes between the two'
     if (type(norm.__dict__.get('forward')) is not Forward
             or not state.is_stock(conv)):
         return 'a method of the two was replaced'
+    if type(x) is not Tensor and _follows(x):
+        return 'a tensor of its own type follows what is done to it'
     return 'small' if state.is_small(x) else None
+
+
+def _follows(tensor: Any) -> bool:
+    """Whether a tensor's own type sees what functions do with it."""
+    kind = type(tensor)
+    return kind is not Tensor and isinstance(tensor, Tensor) and (
+        kind.__torch_function__ is not torch._C._disabled_torch_function_impl)
 
 
 def _inside_backward() -> bool:
@@ -321,7 +351,8 @@ def call_conv(conv: nn.Module, args: tuple,
         output = state.promise(conv, args)
         if output is None:
             run_last(conv, call_conv)
-    return args, {**kwargs, PASSED: (conv, args, output)}
+    _PASSED[thread()] = own['forward'], conv, args, output
+    return args, kwargs
 
 
 def attach_conv(name: str, conv: nn.Module, norm: nn.Module,
@@ -521,6 +552,7 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
     x, weight = deferred.inputs[0], deferred.weight
     if (mean is None or var is None or not kind.is_fixed(norm)
             or not deferred.foldable()
+            or _follows(weight) or _follows(deferred.bias)
             or not kind.computes_formula(norm, x)):
         return False
     # Without a batch dimension the normalization would take the channels
@@ -534,6 +566,10 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
             and _convolved_dtype(bias, autocast_dtype) != output_dtype):
         return False
     norm_dtype = var.dtype
+    weight, bias, _, _ = kind.tensors(norm)
+    if any(t is not None and t.dtype != norm_dtype
+           for t in (mean, weight, bias)):
+        return False
     if norm_dtype != output_dtype and not (
             kind.takes_half and norm_dtype == torch.float32
             and output_dtype.itemsize == 2):
@@ -576,10 +612,12 @@ def call_norm(norm: nn.Module, args: tuple,
             output = state.fold(norm, args[0])
     if output is not None:
         state.ran = 'fused'
+        args[0].folded = output.requires_grad
     else:
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
-    return args, {**kwargs, PASSED: (norm, args, output)}
+    _PASSED[thread()] = vars(norm)['forward'], norm, args, output
+    return args, kwargs
 
 
 def _note_stock(norm: nn.Module, state: NormState, args: tuple) -> None:

@@ -36,6 +36,15 @@ class ConvBuffers(dict):
         return super().__contains__(name) or (
             name in CONSTANTS and self._constants() is not None)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        # What is computed cannot be set, as by code that moves all buffers.
+        if name not in CONSTANTS:
+            super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in CONSTANTS:
+            super().__delitem__(name)
+
     def __missing__(self, name: str) -> Tensor:
         constants = self._constants()
         if name not in CONSTANTS or constants is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmtune.attach import bare_copy
 from mmtune.kinds import ConvKind, parameter
@@ -69,6 +70,7 @@ class _Deferred:
         weight, bias, settings, context, fingerprints: What the convolution
             had when it was called.
         output (Tensor, optional): Of the plain convolution, once it ran.
+        folded (bool): Whether a normalization ran with it, for a gradient.
     """
 
     # None of these may be the name of an attribute of tensors.
@@ -91,6 +93,7 @@ class _Deferred:
         self.context = self._current_context()
         self.fingerprints = self._current_fingerprints()
         self.output = None
+        self.folded = False
 
     def _current_context(self) -> tuple:
         return (torch.is_grad_enabled(),
@@ -162,7 +165,21 @@ class _Deferred:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _OF_ITS_GRADIENT:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, _Deferred) and value.folded:
+                    raise RuntimeError(
+                        f'The gradient of the output of {value.conv_name!r} '
+                        'was asked for, which is not computed once its '
+                        f'normalization ran with it; {ADVICE}')
         return func(*settle(args), **settle(kwargs or {}))
+
+
+# What of a tensor its users only ask for where they want its gradient.
+_OF_ITS_GRADIENT = {
+    Tensor.retain_grad, Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook, torch.autograd.grad
+}
 
 
 class DeferredConv(_Deferred, Tensor):
@@ -175,9 +192,9 @@ class DeferredConv(_Deferred, Tensor):
     """
 
     def _current_context(self) -> tuple:
-        if not torch._C._is_any_autocast_enabled():
-            return torch.is_grad_enabled(), None
-        return super()._current_context()
+        if torch._C._is_any_autocast_enabled():
+            return super()._current_context()
+        return torch.is_grad_enabled(), None
 
     def _current_settings(self) -> tuple:
         try:

@@ -118,6 +118,9 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
     if (norm_type.__call__ is not nn.Module.__call__
             or overridden(norm, 'forward')):
         return f'{name} is called in a way of its own'
+    if any('__slots__' in vars(base) for base in norm_type.__mro__
+           if not base.__module__.startswith(('torch.', 'builtins'))):
+        return f'{name} has slots, whose changes could not be noticed'
     attributes = _attributes(norm)
     for attribute, value in attributes.items():
         if not _is_plain(value):

@@ -181,13 +181,15 @@ def _fold_weight(weight: Tensor, coeff: Tensor,
 
 def _fold_weight_anew(weight: Tensor, coeff: Tensor,
                       coeff_shape: tuple[int, ...]) -> Tensor:
-    """:func:`_fold_weight` in backward, with the factors swapped.
+    """:func:`_fold_weight` in backward.
 
     Where ``torch.compile`` finds an expression of the forward in backward, it
-    keeps the result, here the folded weight.
+    keeps the result, here the folded weight: it gets the factors swapped.
     """
+    if not torch.compiler.is_compiling():
+        return _fold_weight(weight, coeff, coeff_shape)
     folded = coeff.view(coeff_shape) * _by_group(weight, coeff_shape)
-    return _strided_as(folded.view_as(weight), weight.stride())
+    return _strided_as(folded.reshape(weight.shape), weight.stride())
 
 
 def _strided_as(product: Tensor, strides: tuple[int, ...]) -> Tensor:

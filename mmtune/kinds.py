@@ -38,10 +38,12 @@ class _Kind:
         methods (tuple[str, ...]): What a layer's call runs of its class.
         functions (tuple[str, ...]): Functions of ``torch.nn.functional`` in
             whose place the fold runs.
+        operators (tuple[str, ...]): Functions of ``torch`` that those call.
     """
 
-    methods: tuple[str, ...] = ('forward', )
+    methods: tuple[str, ...] = ('forward', '__getattr__')
     functions: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
 
     def code(self, layer_type: type) -> tuple:
         """Give the functions that a call of a layer would run now.
@@ -54,10 +56,29 @@ class _Kind:
         """
         if torch.compiler.is_compiling():
             return (tuple([getattr(layer_type, n) for n in self.methods]),
-                    tuple([getattr(F, n) for n in self.functions]))
+                    tuple([getattr(F, n) for n in self.functions]),
+                    tuple([getattr(torch, n) for n in self.operators]))
         # By a getter in C, which takes a tenth of the time.
         return (_getter(self.methods)(layer_type),
-                _getter(self.functions)(F))
+                _getter(self.functions)(F), _getter(self.operators)(torch))
+
+
+def _per_dimension(setting: Any, dimensions: int) -> tuple[int, ...]:
+    """Write a setting as torch takes it, one number for all or for each."""
+    if type(setting) is tuple and len(setting) == dimensions:
+        return setting
+    numbers = (setting, ) if isinstance(setting, int) else tuple(setting)
+    return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+def _geometry(conv: nn.Module, padding: Any, transposed: bool,
+              output_padding: Any) -> Convolution:
+    dimensions = len(conv.kernel_size)
+    return Convolution(
+        _per_dimension(conv.stride, dimensions),
+        _per_dimension(padding, dimensions),
+        _per_dimension(conv.dilation, dimensions), transposed,
+        _per_dimension(output_padding, dimensions), conv.groups)
 
 
 def parameter(layer: nn.Module, name: str) -> Any:
@@ -72,7 +93,9 @@ def parameter(layer: nn.Module, name: str) -> Any:
     """
     # A lookup by attribute takes ten times as long.
     own = layer._parameters
-    return own[name] if name in own else getattr(layer, name, None)
+    if name in own and name not in layer.__dict__:
+        return own[name]
+    return getattr(layer, name, None)
 
 
 class ConvKind(_Kind):
@@ -140,7 +163,8 @@ class ConvKind(_Kind):
         Returns:
             float: From the numbers of channels and the stride.
         """
-        return conv.out_channels / conv.in_channels / math.prod(conv.stride)
+        strides = _per_dimension(conv.stride, len(conv.kernel_size))
+        return conv.out_channels / conv.in_channels / math.prod(strides)
 
     def run(self, conv: nn.Module, weight: Tensor, bias: Tensor | None,
             *inputs: Any) -> Tensor:
@@ -214,19 +238,25 @@ class _Convolution(ConvKind):
         if conv.padding_mode != 'zeros':
             x = F.pad(x, conv._reversed_padding_repeated_twice,
                       conv.padding_mode)
-            padding = (0, ) * len(conv.stride)
+            padding = 0
         elif padding == 'valid':
-            padding = (0, ) * len(conv.stride)
+            padding = 0
         elif padding == 'same':
-            total = [
-                d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)
-            ]
-            if any(t % 2 for t in total):
-                x = F.pad(x, conv._reversed_padding_repeated_twice)
-                total = [0] * len(total)
-            padding = tuple(t // 2 for t in total)
-        return x, Convolution(conv.stride, padding, conv.dilation, False,
-                              conv.output_padding, conv.groups)
+            x, padding = self._pad_same(conv, x)
+        return x, _geometry(conv, padding, False, conv.output_padding)
+
+    def _pad_same(self, conv, x):
+        # Of what the convolution has now, not when it was made.
+        weight = conv._parameters.get('weight')
+        kernel = conv.kernel_size if weight is None else weight.shape[2:]
+        totals = [d * (k - 1) for d, k in zip(
+            _per_dimension(conv.dilation, len(kernel)), kernel)]
+        if not any(total % 2 for total in totals):
+            return x, tuple(total // 2 for total in totals)
+        # F.pad wants the last dimension first; the larger half comes last.
+        sides = [side for total in reversed(totals)
+                 for side in (total // 2, total - total // 2)]
+        return F.pad(x, sides), 0
 
 
 class _TransposedConvolution(ConvKind):
@@ -248,14 +278,14 @@ class _TransposedConvolution(ConvKind):
         return (1, *shape) if conv.groups == 1 else (conv.groups, 1, *shape)
 
     def outputs_per_input(self, conv):
-        return conv.out_channels / conv.in_channels * math.prod(conv.stride)
+        strides = _per_dimension(conv.stride, len(conv.kernel_size))
+        return conv.out_channels / conv.in_channels * math.prod(strides)
 
     def linear_map(self, conv, x, output_size=None):
         output_padding = conv._output_padding(x, output_size, conv.stride,
                                               conv.padding, conv.kernel_size,
-                                              len(conv.stride), conv.dilation)
-        return x, Convolution(conv.stride, conv.padding, conv.dilation, True,
-                              tuple(output_padding), conv.groups)
+                                              len(conv.kernel_size), conv.dilation)
+        return x, _geometry(conv, conv.padding, True, output_padding)
 
     def run(self, conv, weight, bias, *inputs):
         x, geometry = self.linear_map(conv, *inputs)
@@ -375,6 +405,11 @@ class _Trident(ConvKind):
 _TRIDENT_BRANCH = _TridentBranch()
 
 
+# Whose code is known, as it was written.
+_LIBRARIES = ('torch', 'mmcv', 'mmdet', 'mmengine')
+_TENSORS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
+
+
 class NormKind(_Kind):
     """A normalization by statistics that it keeps (``nn.BatchNorm2d``).
 
@@ -400,6 +435,8 @@ class NormKind(_Kind):
         """
         # Four lookups by attribute take as long as a short operator.
         learned, kept = norm._parameters, norm._buffers
+        if norm.__dict__.keys() & _TENSORS:
+            return norm.weight, norm.bias, norm.running_mean, norm.running_var
         try:
             return (learned['weight'], learned['bias'], kept['running_mean'],
                     kept['running_var'])
@@ -457,12 +494,15 @@ class _BatchNorm(NormKind):
 
     methods = (*NormKind.methods, '_check_input_dim')
     functions = ('batch_norm', )
+    operators = ('batch_norm', )
 
 
 class _InstanceNorm(NormKind):
     """``nn.InstanceNorm2d`` with ``track_running_stats=True``."""
 
+    methods = (*NormKind.methods, '_check_input_dim', '_apply_instance_norm')
     functions = ('instance_norm', )
+    operators = ('instance_norm', )
 
     def is_fixed(self, norm):
         return norm.track_running_stats and super().is_fixed(norm)
@@ -491,6 +531,18 @@ class _FrozenNorm(NormKind):
 
     def __init__(self, found: Frozen) -> None:
         self.found = found
+        self.seen: tuple = ()
+
+    def code(self, layer_type):
+        # Whatever its forward may read or call of the class, which
+        # torch.compile cannot list.
+        if not torch.compiler.is_compiling():
+            self.seen = tuple(
+                (name, value) for base in layer_type.__mro__
+                if base not in (nn.Module, object)
+                for name, value in vars(base).items()
+                if not name.startswith('__') or name == '__getattr__')
+        return self.seen
 
     def eps(self, norm):
         return norm.eps if self.found.eps is None else self.found.eps
@@ -581,8 +633,15 @@ def norm_kind(norm: nn.Module, norm_type: type) -> NormKind | None:
     if kind is None:
         found = frozen(norm, norm_type)
         return _FrozenNorm(found) if isinstance(found, Frozen) else None
-    return kind if _same_code(norm_type, known, '__call__',
-                              'forward') else None
+    same = _same_code(norm_type, known, '__call__', 'forward')
+    return kind if same and not _checks_input(norm_type) else None
+
+
+def _checks_input(norm_type: type) -> bool:
+    """Whether code of the user's looks at what the normalization gets."""
+    owner = next((c for c in norm_type.__mro__
+                  if '_check_input_dim' in vars(c)), torch.nn.Module)
+    return owner.__module__.partition('.')[0] not in _LIBRARIES
 
 
 def _known(cls: type,
@@ -614,13 +673,16 @@ def patched(layer_type: type, kind: ConvKind | NormKind) -> str | None:
     """
     for name in kind.methods:
         owner = next((c for c in layer_type.__mro__ if name in vars(c)), None)
-        if owner is not None and owner.__module__.partition('.')[0] in (
-                'torch', 'mmcv', 'mmdet') and not _is_from(
-                    vars(owner)[name], owner.__module__):
+        if (owner is not None
+                and owner.__module__.partition('.')[0] in _LIBRARIES
+                and not _is_from(vars(owner)[name], owner.__module__)):
             return f'{owner.__name__}.{name}'
     for name in kind.functions:
         if not _is_from(getattr(F, name), F.__name__):
             return f'F.{name}'
+    for name in kind.operators:
+        if not _is_from(getattr(torch, name), torch.__name__):
+            return f'torch.{name}'
     return None
 
 
@@ -718,6 +780,8 @@ def why_not_folded(norm: nn.Module, norm_type: type) -> str | None:
     name = norm_type.__name__
     keeps = 'running_mean' in _own_tensors(norm)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if _checks_input(norm_type):
+            return f'{name} overrides `_check_input_dim`'
         if norm_kind(norm, norm_type) is None:
             return f'{name} overrides the forward of BatchNorm'
         return None if keeps else 'the BN has no running statistics'

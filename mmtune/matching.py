@@ -14,14 +14,15 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.attach import bare_copy, overridden
+from mmtune.attach import bare_copy, has_hooks, overridden
+from mmtune.deferred import inside_autograd_function
 from mmtune.frozen import forget_probes
 from mmtune.kinds import (
     conv_kind,
@@ -248,6 +249,9 @@ def _producer(
     reason = _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
     if reason is not None:
         return source.target, reason
+    if source.meta['in_function'] != node.meta['in_function']:
+        return source.target, ('one of the two runs inside an autograd '
+                               'function (a reentrant checkpoint is one)')
     if others:
         return source.target, ('the output of the convolution also goes to '
                                f'{_describe(others[0])}')
@@ -274,8 +278,9 @@ def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
         return (node.op in ('get_attr', 'placeholder')
                 or node.target is operator.getitem)
     module = block.get_submodule(node.target)
-    return conv_kind(type(module)) is not None or norm_kind(
-        module, type(module)) is not None
+    return not has_hooks(module) and (
+        conv_kind(type(module)) is not None
+        or norm_kind(module, type(module)) is not None)
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
@@ -361,6 +366,11 @@ class _BlockTracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta['in_function'] = inside_autograd_function()
+        return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self._guess()

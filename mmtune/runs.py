@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from mmtune.attach import Hook, Override, attach
 from mmtune.deferred import defer, inside_autograd_function, settle
 from mmtune.kinds import ConvKind
 
-__all__ = ['BlockRun', 'BlockState', 'Pair', 'at', 'attach_block', 'runs']
+__all__ = ['BlockRun', 'BlockState', 'Pair', 'at', 'attach_block', 'runs',
+           'thread']
 
 
 class Pair(NamedTuple):
@@ -109,7 +111,8 @@ def _is_replaced(layer: Any, state: Any) -> bool:
 _RUNS: dict[int, 'BlockRun'] = {}
 
 
-def _thread() -> int:
+def thread() -> int:
+    """The current thread, by which runs are told apart."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -125,16 +128,20 @@ class BlockRun:
         pairs (list[tuple[nn.Module, nn.Module]]): Its convolutions and
             normalizations.
         outer (BlockRun, optional): The run that this one is a part of.
+        frame (FrameType, optional): Where it began, to know whether it goes
+            on; None under ``torch.compile``.
     """
 
-    __slots__ = ('block', 'error', 'inside_function', 'outer', 'pairs',
-                 'promised', 'promises')
+    __slots__ = ('block', 'error', 'frame', 'inside_function', 'outer',
+                 'pairs', 'promised', 'promises')
 
     def __init__(self, block: nn.Module, pairs: list,
-                 outer: 'BlockRun | None') -> None:
+                 outer: 'BlockRun | None',
+                 frame: FrameType | None = None) -> None:
         self.block = block
         self.pairs = pairs
         self.outer = outer
+        self.frame = frame
         self.error = _handled_error()
         self.inside_function = inside_autograd_function()
         self.promised = False
@@ -148,6 +155,17 @@ class BlockRun:
         if not torch.compiler.is_compiling():
             self.promises.append(weakref.ref(deferred))
         return deferred
+
+    def goes_on(self) -> bool:
+        """Whether the forward did not end without a word, as by Ctrl-C."""
+        if self.frame is None:
+            return True
+        caller: FrameType | None = sys._getframe(1)
+        while caller is not None:
+            if caller is self.frame:
+                return True
+            caller = caller.f_back
+        return False
 
     def finish(self, output: Any) -> Any:
         """Let no promise outlive the block, wherever it was put."""
@@ -167,27 +185,35 @@ def runs() -> BlockRun | None:
     Returns:
         BlockRun | None: Its ``outer`` leads to the others.
     """
-    return _RUNS.get(_thread())
+    key = thread()
+    run = _RUNS.get(key)
+    while run is not None and not run.goes_on():
+        run = run.outer
+        _set_innermost(key, run)
+    return run
 
 
-def _enter(block: nn.Module) -> None:
-    thread, state = _thread(), block._tune_block
-    outer = _RUNS.get(thread)
-    _RUNS[thread] = BlockRun(block, state.pairs_in(block), outer)
+def _set_innermost(key: int, run: BlockRun | None) -> None:
+    if run is None:
+        _RUNS.pop(key, None)
+    else:
+        _RUNS[key] = run
+
+
+def _enter(block: nn.Module, frame: FrameType | None) -> None:
+    outer = runs()
+    _RUNS[thread()] = BlockRun(block, block._tune_block.pairs_in(block), outer,
+                               frame)
 
 
 def _leave(block: nn.Module, output: Any) -> Any:
-    thread = _thread()
-    run = _RUNS.get(thread)
-    # Runs inside of this one that ended without a word, as by Ctrl-C.
+    key = thread()
+    run = _RUNS.get(key)
     while run is not None and run.block is not block:
         run = run.outer
     if run is None:
         return output
-    if run.outer is None:
-        del _RUNS[thread]
-    else:
-        _RUNS[thread] = run.outer
+    _set_innermost(key, run.outer)
     return run.finish(output)
 
 
@@ -195,8 +221,13 @@ def _leave(block: nn.Module, output: Any) -> Any:
 def enter_block(block: nn.Module, args: tuple,
                 kwargs: dict | None = None) -> None:
     """Forward pre-hook of a block."""
-    if '_tune_block' in vars(block):
-        _enter(block)
+    if '_tune_block' not in vars(block):
+        return
+    if torch.compiler.is_compiling():
+        _enter(block, None)
+    # Some take all forward hooks away.
+    elif leave_block in block._forward_hooks.values():
+        _enter(block, sys._getframe(1))
 
 
 @Hook
@@ -210,10 +241,10 @@ class Entry(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block = self.module
-        run = _RUNS.get(_thread())
+        run = runs()
         if run is not None and run.block is block:
             return self.stock(*args, **kwargs)
-        _enter(block)
+        _enter(block, None)
         output = None
         try:
             output = self.stock(*args, **kwargs)

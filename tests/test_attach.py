@@ -609,3 +609,303 @@ def test_a_part_turned_off_is_no_replacement(x, recwarn):
     assert_equal_steps(step(stock, x), step(tuned, x))
     assert not [w for w in recwarn if 'mmtune' in str(w.message)]
     assert latest_runs(tuned) == {'up_bn': 'stock'}
+
+
+# --------------------------------------------------------------------------
+# What a user observes
+# --------------------------------------------------------------------------
+
+
+def keeping(found):
+    """Grad-CAM and its like: wants the gradient of what a norm is given."""
+
+    def hook(module, inputs, output):
+        inputs[0].retain_grad()
+        found.append(inputs[0])
+
+    return hook
+
+
+@pytest.mark.parametrize('first', ['hook', 'turn_on'])
+def test_a_hook_of_the_norm_sees_what_stock_shows(first, x):
+    found = []
+    for tune in (False, True):
+        model = make_block()
+        if tune and first == 'turn_on':
+            turn_on(model)
+        model.bn.register_forward_hook(keeping(found))
+        model.bn.register_forward_hook(
+            lambda module, inputs, output: inputs[0].register_hook(
+                lambda grad: grad * 2) and None)
+        if tune and first == 'hook':
+            turn_on(model)
+        step(model, x)
+    assert type(found[1]) is torch.Tensor
+    torch.testing.assert_close(found[1].grad, found[0].grad)
+    assert runs(model) == ['stock', 'fused']
+
+
+def test_keywords_that_hooks_see_are_the_users(x):
+    seen = []
+    model = make_block()
+    turn_on(model)
+    for layer in (model.conv, model.bn):
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs),
+            with_kwargs=True)
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(kwargs),
+            with_kwargs=True)
+    model(x)
+    assert seen == [{}] * 4
+
+
+class Late(Block):
+    """Goes another way than the one that was traced."""
+
+    late = False
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        return self.other(y, z) if self.late else z
+
+
+@pytest.mark.parametrize('ask', [
+    lambda y, z: y.retain_grad() or z,
+    lambda y, z: y.register_hook(lambda grad: grad) and z,
+    lambda y, z: torch.autograd.grad(z.sum(), y)[0],
+])
+def test_the_gradient_of_a_promise_is_an_error(ask, x):
+    model = make_block(Late)
+    turn_on(model)
+    model.other, model.late = ask, True
+    with pytest.raises(RuntimeError, match="gradient of the output of 'conv'"):
+        model(x)
+
+
+class Interrupted(Block):
+    error = None
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.error is not None:
+            raise self.error
+        return self.bn(y)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, GeneratorExit,
+                                   ValueError])
+def test_a_forward_that_is_interrupted_leaves_nothing(error, x):
+    stock, model = make_block(Interrupted), make_block(Interrupted)
+    turn_on(model)
+    model.error = error()
+    with pytest.raises(error):
+        model(x)
+    model.error = None
+    assert type(model.conv(x)) is torch.Tensor
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused']
+
+
+def test_hooks_taken_away_by_their_dict(x):
+    stock, model = make_block(), make_block()
+    turn_on(model)
+    for module in model.modules():
+        module._forward_hooks = collections.OrderedDict()
+    for _ in range(2):
+        assert_equal_steps(step(stock, x), step(model, x))
+    assert type(model.conv(x)) is torch.Tensor
+
+
+def test_a_convolution_called_in_backward_gives_a_tensor(x):
+    model = make_block()
+    turn_on(model)
+    model(x)
+    found = []
+    y = x.clone().requires_grad_()
+    z = model(y)
+    z.register_hook(lambda grad: found.append(model.conv(x)) and None)
+    z.sum().backward()
+    before = F.conv2d(x, model.conv.weight, model.conv.bias, padding=1)
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    torch.testing.assert_close(found[0] + 0, before)
+
+
+def test_errors_of_the_convolution_come_from_it(x):
+    model = make_block(Falling)
+    turn_on(model)
+    padded = torch.cat([x[:, :2], torch.zeros_like(x[:, :1])], 1)
+    torch.testing.assert_close(model(x[:, :2]), model(padded))
+    assert runs(model) == ['fused']
+
+
+class Falling(Block):
+    """Tries something else where the convolution fails."""
+
+    def forward(self, x):
+        try:
+            y = self.conv(x)
+        except RuntimeError:
+            y = self.conv(torch.cat([x, torch.zeros_like(x[:, :1])], 1))
+        return self.bn(y)
+
+
+SETTINGS = {
+    'integers': lambda m: vars(m.conv).update(stride=1, padding=1),
+    'one number': lambda m: vars(m.conv).update(stride=(2, ), padding=[1]),
+    'dilation': lambda m: vars(m.conv).update(dilation=2),
+    'transposed': lambda m: vars(m.up).update(stride=3, output_padding=1),
+    'weight in its dict': lambda m: vars(m.conv).update(
+        weight=torch.ones(4, 3, 3, 3).double()),
+    'gamma in its dict': lambda m: vars(m.bn).update(
+        weight=torch.full((4, ), 3.).double()),
+}
+
+
+@pytest.mark.parametrize('change', SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize('first', ['change', 'turn_on'])
+def test_settings_of_a_layer(change, first, x):
+    stock, model = make_block(), make_block()
+    change(stock)
+    if first == 'change':
+        change(model)
+    turn_on(model)
+    change(model)
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+def test_wrong_keywords_are_refused_as_in_stock(x):
+    model = make_block()
+    turn_on(model)
+    with pytest.raises(TypeError, match='inputs'):
+        model.conv(inputs=x)
+    with pytest.raises(TypeError, match='y'):
+        model.bn(y=model.conv(x))
+
+
+@pytest.mark.parametrize('move', [
+    lambda layer, name, value: setattr(layer, name, value),
+    lambda layer, name, value: layer._buffers.__setitem__(name, value),
+])
+def test_code_that_moves_all_buffers(move, x):
+    stock, model = make_block(), make_block()
+    turn_on(model)
+    for layer in model.modules():
+        for name, value in list(layer.named_buffers(recurse=False)):
+            move(layer, name, value.clone())
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_equal_steps(step(stock, x), step(model, x))
+    turn_off(model)
+    assert list(model.state_dict()) == list(stock.state_dict())
+
+
+class Doubled(torch.Tensor):
+    """Doubles what convolutions give."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a
+                for a in args]
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is torch.conv2d else output
+
+
+@pytest.mark.parametrize('part', ['input', 'weight'])
+def test_tensors_that_follow_what_is_done_to_them(part, x):
+    stock, model = make_block(), make_block()
+    turn_on(model)
+    outputs = []
+    for one in (stock, model):
+        given = x.as_subclass(Doubled) if part == 'input' else x
+        if part == 'weight':
+            weight = one.conv.weight.detach().as_subclass(Doubled)
+            del one.conv.weight
+            one.conv.weight = weight
+        outputs.append(one(given))
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_a_method_that_outlives_its_module_says_so():
+    model = make_block(OtherEntry)
+    turn_on(model)
+    method = model.other_forward
+    del model
+    with pytest.raises(RuntimeError, match='keep the module in a variable'):
+        method(None)
+
+
+class Checked(nn.BatchNorm2d):
+
+    def _check_input_dim(self, input):
+        if input.size(1) != self.num_features:
+            raise ValueError(f'expected {self.num_features} channels')
+
+
+def test_a_norm_that_checks_its_input_itself_is_left_out(x):
+    stock, model = make_block(), make_block()
+    for one in (stock, model):
+        one.bn = randomize(Checked(4)).double().eval()
+    report = turn_on(model)
+    assert 'overrides `_check_input_dim`' in report.left_out[0].reason
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+class Sizes(nn.Module):
+    """Checkpoints its block, whatever the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return checkpoint(
+            lambda x: self.bn(self.conv(x)).relu(), x, use_reentrant=False)
+
+
+@pytest.mark.small_maps
+@pytest.mark.parametrize('sizes', [(160, 8), (8, 160), (8, 160, 8)])
+def test_checkpoints_of_small_and_large_maps_in_one_step(sizes):
+    models = make_block(Sizes), make_block(Sizes)
+    turn_on(models[1])
+    inputs = [torch.randn(1, 3, size, size).double() for size in sizes]
+
+    def call(model, inputs):
+        return [model(x) for x in inputs]
+
+    stock, tuned = (step(model, tuple(inputs), call) for model in models)
+    assert_equal_steps(stock, tuned)
+
+
+class CheckpointedNorm(Block):
+
+    def forward(self, x):
+        return checkpoint(self.bn, self.conv(x), use_reentrant=True)
+
+
+def test_a_norm_in_a_reentrant_checkpoint_of_its_own_is_stock(x):
+    stock, model = make_block(CheckpointedNorm), make_block(CheckpointedNorm)
+    with pytest.raises(ValueError, match='inside an autograd function'):
+        turn_on(model)
+    assert_equal_steps(step(stock, x), step(model, x))
+
+
+def test_output_size_by_name_and_by_place(x):
+
+    class Up(Block):
+        place = False
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            if self.place:
+                return self.up_bn(self.up(y, [13, 12]))
+            return self.up_bn(self.up(y, output_size=[13, 12]))
+
+    for place in (False, True):
+        stock, model = make_block(Up), make_block(Up)
+        stock.place = model.place = place
+        turn_on(model)
+        assert_equal_steps(step(stock, x), step(model, x))
+        assert runs(model) == ['fused', 'fused']

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.analysis import peak_on
+from mmtune.attach import Hook as OwnHook
 from mmtune.registry import HOOKS
 
 __all__ = ['StepMemoryHook']
@@ -117,8 +118,10 @@ def _spared_bytes(model: nn.Module) -> Iterator[list[int]]:
                 and not in_backward):
             spared.append(output.nbytes)
 
+    # One of a user's would keep the block from fusing.
+    hook = OwnHook(add)
     handles = [
-        module.register_forward_hook(add) for module in model.modules()
+        module.register_forward_hook(hook) for module in model.modules()
         if '_tune_norm' in vars(module)
     ]
     try:
