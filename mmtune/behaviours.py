@@ -187,11 +187,13 @@ class ConvState(_LayerState):
 
     def is_small(self, x: Any) -> bool:
         """Whether the stock modules are cheaper for the current call."""
+        if torch.compiler.is_compiling():
+            # A fold is a few kernels there, and a question to the size another
+            # graph.
+            return False
         kept = self.keeps_fold and not torch.is_grad_enabled()
         least = self.least_kept if kept else self.least_input
         return (isinstance(x, Tensor) and x.numel() < least
-                # Compiled, a fold is a few kernels.
-                and not torch.compiler.is_compiling()
                 and native_node(x, x) is None)
 
     def promise(self, conv: nn.Module, inputs: tuple) -> Any:

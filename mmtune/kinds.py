@@ -282,9 +282,9 @@ class _TransposedConvolution(ConvKind):
         return conv.out_channels / conv.in_channels * math.prod(strides)
 
     def linear_map(self, conv, x, output_size=None):
-        output_padding = conv._output_padding(x, output_size, conv.stride,
-                                              conv.padding, conv.kernel_size,
-                                              len(conv.kernel_size), conv.dilation)
+        output_padding = conv._output_padding(
+            x, output_size, conv.stride, conv.padding, conv.kernel_size,
+            len(conv.kernel_size), conv.dilation)
         return x, _geometry(conv, conv.padding, True, output_padding)
 
     def run(self, conv, weight, bias, *inputs):
