@@ -19,6 +19,9 @@ ADVICE = ('leave its block out by naming the other submodules in the '
           '`modules` argument of `mmtune.turn_on`')
 # What the forward of a convolution reads beside its parameters.
 SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
+# Older versions of torch do not tell.
+_is_any_autocast_enabled = getattr(
+    torch._C, '_is_any_autocast_enabled', lambda: True)
 _get_settings = operator.itemgetter(*SETTINGS)
 
 
@@ -192,7 +195,7 @@ class DeferredConv(_Deferred, Tensor):
     """
 
     def _current_context(self) -> tuple:
-        if torch._C._is_any_autocast_enabled():
+        if _is_any_autocast_enabled():
             return super()._current_context()
         return torch.is_grad_enabled(), None
 

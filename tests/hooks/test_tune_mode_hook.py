@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import numpy as np
@@ -222,7 +221,9 @@ class ReplaceNormsHook(Hook):
         backbone = runner.model.backbone
         for name, module in backbone.named_children():
             if isinstance(module, nn.BatchNorm2d):
-                setattr(backbone, name, copy.deepcopy(module))
+                new = nn.BatchNorm2d(module.num_features)
+                new.load_state_dict(module.state_dict())
+                setattr(backbone, name, new.to(module.weight))
 
 
 @pytest.mark.filterwarnings('ignore:.*replaced after mmtune.turn_on')
