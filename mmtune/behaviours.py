@@ -207,8 +207,11 @@ class ConvState(_LayerState):
                 run.promise(self.name, *branch)
                 for branch in self.kind.branches(conv, *inputs)
             ]
-        if not isinstance(x, Tensor) or (x.dim() > 1 and x.size(
-                1) != conv.__dict__.get('in_channels', x.size(1))):
+        if not isinstance(x, Tensor):
+            return None
+        # A lazy layer that was loaded goes on to have none.
+        channels = conv.__dict__.get('in_channels')
+        if channels and x.dim() > 1 and x.size(1) != channels:
             # Stock's error comes from the convolution, not later.
             return None
         return run.promise(self.name, self.kind, conv, inputs)

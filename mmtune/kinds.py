@@ -41,7 +41,7 @@ class _Kind:
         operators (tuple[str, ...]): Functions of ``torch`` that those call.
     """
 
-    methods: tuple[str, ...] = ('forward', '__getattr__')
+    methods: tuple[str, ...] = ('forward', )
     functions: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
 
@@ -81,6 +81,11 @@ def _geometry(conv: nn.Module, padding: Any, transposed: bool,
         _per_dimension(output_padding, dimensions), conv.groups)
 
 
+def _finds_as_torch(layer: nn.Module) -> bool:
+    """Whether parameters and buffers are found by torch's own code."""
+    return type(layer).__getattr__ is nn.Module.__getattr__
+
+
 def parameter(layer: nn.Module, name: str) -> Any:
     """Get a parameter, or what stands in its place.
 
@@ -93,7 +98,7 @@ def parameter(layer: nn.Module, name: str) -> Any:
     """
     # A lookup by attribute takes ten times as long.
     own = layer._parameters
-    if name in own and name not in layer.__dict__:
+    if name in own and name not in layer.__dict__ and _finds_as_torch(layer):
         return own[name]
     return getattr(layer, name, None)
 
@@ -435,7 +440,7 @@ class NormKind(_Kind):
         """
         # Four lookups by attribute take as long as a short operator.
         learned, kept = norm._parameters, norm._buffers
-        if norm.__dict__.keys() & _TENSORS:
+        if norm.__dict__.keys() & _TENSORS or not _finds_as_torch(norm):
             return norm.weight, norm.bias, norm.running_mean, norm.running_var
         try:
             return (learned['weight'], learned['bias'], kept['running_mean'],

@@ -909,3 +909,20 @@ def test_output_size_by_name_and_by_place(x):
         turn_on(model)
         assert_equal_steps(step(stock, x), step(model, x))
         assert runs(model) == ['fused', 'fused']
+
+
+class Absolute(nn.BatchNorm2d):
+    """Finds another weight than the one that it has."""
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        return value.abs() if name == 'weight' else value
+
+
+def test_parameters_that_are_found_in_another_way(x):
+    stock, model = make_block(), make_block()
+    for one in (stock, model):
+        one.bn = randomize(Absolute(4)).double().eval()
+    turn_on(model)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused', 'fused']
