@@ -34,7 +34,10 @@ __all__ = [
 
 
 class Convolution(NamedTuple):
-    """A convolution by its geometry, in the order of ``torch.convolution``."""
+    """A convolution by its geometry, in the order of ``torch.convolution``.
+
+    One number may stand for all dimensions, as ``F.conv2d`` takes it.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -42,6 +45,25 @@ class Convolution(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    def expanded(self, dims: int) -> 'Convolution':
+        """Give the same with one number for each dimension.
+
+        Args:
+            dims (int): How many there are.
+
+        Returns:
+            Convolution: One that the other methods take.
+        """
+        given = self.stride, self.padding, self.dilation, self.output_padding
+        settings = [
+            tuple(value) if isinstance(value, (tuple, list)) else (value, )
+            for value in given
+        ]
+        stride, padding, dilation, output_padding = (
+            value * dims if len(value) == 1 else value for value in settings)
+        return self._replace(stride=stride, padding=padding, dilation=dilation,
+                             output_padding=output_padding)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve.
@@ -96,6 +118,10 @@ class Product:
     The methods are those of :class:`Convolution`, for ``x`` of shape
     (batch, in_features) and ``weight`` of (out_features, in_features).
     """
+
+    def expanded(self, dims: int) -> 'Product':
+        """See :meth:`Convolution.expanded`."""
+        return self
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Multiply and add."""
@@ -261,7 +287,8 @@ def fold_and_run(linear_map: LinearMap, x: Tensor, weight: Tensor,
     """
     if needs_gradient(x, weight, bias, bn_weight, bn_bias):
         return _FoldAndRun.apply(x, weight, bias, bn_weight, bn_bias, rstd,
-                                 bias_delta, coeff_shape, linear_map)
+                                 bias_delta, coeff_shape,
+                                 linear_map.expanded(weight.dim() - 2))
     folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
                   coeff_shape)
     return run_folded(linear_map, x, folded)
@@ -364,6 +391,7 @@ def run_folded(linear_map: LinearMap, x: Tensor,
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
     """
     weight, bias = folded
+    linear_map = linear_map.expanded(weight.dim() - 2)
     return linear_map.run(x, weight.to(x.dtype), bias.to(x.dtype))
 
 

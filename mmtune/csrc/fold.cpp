@@ -55,7 +55,8 @@ using torch::autograd::variable_list;
 using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
 
-enum Plan : int64_t { kChoose, kFold, kScale };
+// The last is what asking for kScale in float16 turns into.
+enum Plan : int64_t { kChoose, kFold, kScale, kScaleHalf };
 
 // The map is scaled where it has at most this many elements for each of the
 // weight's. tests/benchmarks/plans.py on one core of an AMD EPYC that others
@@ -269,6 +270,23 @@ std::optional<Rows> weight_rows(const Tensor& weight, const LinearMap& map) {
   }
   return Rows{map.groups, group / (second * weight.stride(1)), second,
               weight.stride(1)};
+}
+
+// The weight with the dimensions of what multiplies it, and the shape in which
+// a number for each channel does.
+Tensor by_group(const Tensor& weight, const LinearMap& map) {
+  return map.transposed ? weight.unflatten(0, {map.groups, -1}) : weight;
+}
+
+Ints channels_shape(const Tensor& weight, const LinearMap& map) {
+  Ints shape(weight.dim(), 1);
+  if (map.transposed) {
+    shape[1] = weight.size(1);
+    shape.insert(shape.begin(), map.groups);
+  } else {
+    shape[0] = weight.size(0);
+  }
+  return shape;
 }
 
 // The tensor, or a copy, of which there are rows.
@@ -752,7 +770,7 @@ Tensor to_fold(const Tensor& weight, at::ScalarType dtype, const Norm& norm,
 Tensor run(const Block& block, const Tensor& x, const Tensor& weight,
            const Norm& norm) {
   const auto dtype = x.scalar_type();
-  if (block.plan == kScale) {
+  if (block.plan != kFold) {
     return normalize(block.map.run(x, cast(weight, dtype),
                                    cast(norm.conv_bias, dtype)),
                      norm);
@@ -903,6 +921,17 @@ void chain_by_operators(const Tensor& folded, const Tensor& sum,
   }
 }
 
+// By which dZ is multiplied before dw' is taken, about coeff: where coeff is
+// large, dw' could fall below the numbers of float16 that dw is one of. Below
+// 1 the gradient of gamma would fall so. Multiplying by them rounds nothing.
+Tensor powers_of_two(const Norm& norm) {
+  Tensor coeff = (norm.constants.select(0, 1) + norm.eps).rsqrt();
+  if (norm.weight.defined()) {
+    coeff = coeff * norm.weight;
+  }
+  return coeff.abs().log2().round().nan_to_num(0, 0, 0).clamp(0, 15).exp2();
+}
+
 Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
                     const Needs& needs) {
   const Below below;
@@ -916,7 +945,7 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
 
   Gradients result;
   Tensor folded, laid_out, sum;
-  if (block.plan == kScale) {
+  if (block.plan != kFold) {
     const Tensor weight = cast(saved.weight, dtype);
     if (needs.x) {
       Tensor grad_map;
@@ -925,7 +954,18 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
           ? block.map.gradients(grad_map, saved.x, weight, true, false).first
           : block.map.input_gradient(grad_map, weight, block.input_shape);
     }
-    if (needs_folded) {
+    if (needs_folded && block.plan == kScaleHalf) {
+      const Tensor powers = powers_of_two(norm);
+      Ints shape(grad.dim(), 1);
+      shape[1] = norm.channels();
+      folded = block.map
+                   .gradients(grad * powers.view(shape).to(dtype), saved.x,
+                              weight, false, true)
+                   .second.to(powers.scalar_type());
+      by_group(folded, block.map)
+          .div_(powers.view(channels_shape(folded, block.map)));
+      dense = in_rows(cast(saved.weight, powers.scalar_type()), block.map);
+    } else if (needs_folded) {
       folded =
           block.map.gradients(grad, saved.x, weight, false, true).second;
     }
@@ -980,26 +1020,18 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
   const Tensor rstd = (constants.select(0, 1) + block.eps).rsqrt();
   const Tensor coeff = bn_weight.defined() ? rstd * bn_weight : rstd;
 
-  // The weight and coeff in shapes that multiply.
-  Ints shape(weight.dim(), 1);
-  Tensor by_group = weight;
-  if (block.map.transposed) {
-    shape[1] = weight.size(1);
-    shape.insert(shape.begin(), block.map.groups);
-    by_group = weight.unflatten(0, {block.map.groups, -1});
-  } else {
-    shape[0] = weight.size(0);
-  }
+  const Ints shape = channels_shape(weight, block.map);
+  const Tensor grouped = by_group(weight, block.map);
   const Tensor factor = coeff.view(shape);
 
   Gradients result;
   Tensor folded;
   const Tensor folded_weight =
-      (by_group * factor).reshape(weight.sizes()).to(grad.scalar_type());
+      (grouped * factor).reshape(weight.sizes()).to(grad.scalar_type());
   if (needs.weight || needs.bn_weight) {
     std::tie(result.x, folded) =
         block.map.gradients(grad, x, folded_weight, needs.x, true);
-    folded = folded.to(dtype).reshape(by_group.sizes());
+    folded = folded.to(dtype).reshape(grouped.sizes());
   } else if (needs.x) {
     result.x =
         block.map.input_gradient(grad, folded_weight, block.input_shape);
@@ -1016,7 +1048,7 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
     result.bias = sum * coeff;
   }
   if (needs.bn_weight) {
-    const Tensor dot = (folded * by_group).sum_to_size(shape).reshape(-1);
+    const Tensor dot = (folded * grouped).sum_to_size(shape).reshape(-1);
     const Tensor shift = bias.defined() ? bias - mean : -mean;
     result.bn_weight = (dot + sum * shift) * rstd;
   }
@@ -1129,6 +1161,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
       " dimensions and the input ", x.dim(), "; pass a batch of inputs");
   if (plan == kChoose) {
     block.plan = choose(block.map, x, weight);
+  } else if (plan == kScale && x.scalar_type() == at::kHalf) {
+    block.plan = kScaleHalf;
   }
   std::optional<Norm> norm;
   {
