@@ -199,10 +199,22 @@ def _by_group(weight: Tensor, coeff_shape: tuple[int, ...]) -> Tensor:
     return weight.unflatten(0, (coeff_shape[0], -1))
 
 
+def _ungrouped(product: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of :func:`_by_group`, in the weight's order of dimensions.
+
+    That of the product may be coeff's, in which the groups are outermost.
+    """
+    if product.dim() == weight.dim():
+        return product
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    product = product.reshape(weight.shape).permute(order).contiguous()
+    return product.permute([order.index(dim) for dim in range(weight.dim())])
+
+
 def _fold_weight(weight: Tensor, coeff: Tensor,
                  coeff_shape: tuple[int, ...]) -> Tensor:
     folded = _by_group(weight, coeff_shape) * coeff.view(coeff_shape)
-    return _strided_as(folded.view_as(weight), weight.stride())
+    return _strided_as(_ungrouped(folded, weight), weight.stride())
 
 
 def _fold_weight_anew(weight: Tensor, coeff: Tensor,
@@ -213,7 +225,7 @@ def _fold_weight_anew(weight: Tensor, coeff: Tensor,
     keeps the result, here the folded weight.
     """
     folded = coeff.view(coeff_shape) * _by_group(weight, coeff_shape)
-    return _strided_as(folded.view_as(weight), weight.stride())
+    return _strided_as(_ungrouped(folded, weight), weight.stride())
 
 
 def _strided_as(product: Tensor, strides: tuple[int, ...]) -> Tensor:
