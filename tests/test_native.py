@@ -219,6 +219,9 @@ def test_an_empty_batch(node, plan, path):
 @pytest.mark.parametrize('path', PATHS)
 @pytest.mark.parametrize('of_x, of_weight, of_norm', [
     (torch.float32, torch.float32, torch.float32),
+    (torch.float16, torch.float32, torch.float32),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.float16, torch.float16, torch.float16),
     (torch.bfloat16, torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -476,6 +479,48 @@ def test_tensors_that_are_not_dense(node, plan, path):
     with PATHS[path]():
         actual = results(planned(plan), block, x, grad)
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('way', ['once', 'batched', 'to be derived again'])
+@pytest.mark.parametrize('frozen', [(), PARAMETERS])
+@pytest.mark.parametrize('layer', [
+    'plain', 'groups', 'transposed', 'transposed groups', '1d', 'linear'
+])
+def test_a_scaled_map_in_float16(node, layer, frozen, way):
+    """Where the folded weight would be infinite, and no gradient is."""
+    block, x, grad = make_block(*LAYERS[layer])
+    with torch.no_grad():
+        block[0].weight.mul_(2**7)
+        block[1].running_mean.mul_(2**-7)
+        block[1].running_var.mul_(0).add_(2.**-26)
+        if block[0].bias is not None:
+            block[0].bias.mul_(2**-7)
+    block[1].eps = 0.
+    x, grad = x * 2**-14, grad * 2**-10
+    settings = {} if way == 'once' else (
+        dict(create_graph=True) if way != 'batched' else dict(
+            is_grads_batched=True))
+
+    def derivatives(function, block, x, grad):
+        x = x.clone().requires_grad_('x' not in frozen)
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        output = function(block, x)
+        grad = grad.to(output.dtype)
+        wanted = [t for t in (x, *block.parameters()) if t.requires_grad]
+        return [output, *torch.autograd.grad(
+            output, wanted, torch.stack([grad, -grad])
+            if way == 'batched' else grad, **settings)]
+
+    exact = derivatives(stock, block, x, grad)
+    block[0].float(), block[1].float()
+    actual = derivatives(planned(Plan.SCALE), block, x.half(), grad)
+    if way == 'once':
+        folded = run(block, x.half(), Plan.FOLD)
+        assert not folded.isfinite().all()
+    for value, e in zip(actual, exact, strict=True):
+        # Subnormal numbers, as some of the input are, have few digits.
+        assert (value - e).abs().max() <= .02 * e.abs().max()
 
 
 # --------------------------------------------------------------------------

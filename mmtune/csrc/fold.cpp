@@ -921,15 +921,24 @@ void chain_by_operators(const Tensor& folded, const Tensor& sum,
   }
 }
 
+Tensor coefficients(const Tensor& constants, const Tensor& weight,
+                    double eps) {
+  const Tensor rstd = (constants.select(0, 1) + eps).rsqrt();
+  return weight.defined() ? rstd * weight : rstd;
+}
+
+// A map in half precision, channel by channel, in its own dtype.
+Tensor times(const Tensor& map, const Tensor& factors) {
+  Ints shape(map.dim(), 1);
+  shape[1] = map.size(1);
+  return (map * factors.view(shape)).to(map.scalar_type());
+}
+
 // By which dZ is multiplied before dw' is taken, about coeff: where coeff is
 // large, dw' could fall below the numbers of float16 that dw is one of. Below
 // 1 the gradient of gamma would fall so. Multiplying by them rounds nothing.
-Tensor powers_of_two(const Norm& norm) {
-  Tensor coeff = (norm.constants.select(0, 1) + norm.eps).rsqrt();
-  if (norm.weight.defined()) {
-    coeff = coeff * norm.weight;
-  }
-  return coeff.abs().log2().round().nan_to_num(0, 0, 0).clamp(0, 15).exp2();
+Tensor powers_of_two(const Tensor& coeff) {
+  return coeff.detach().abs().log2().round().nan_to_num(0, 0, 0).clamp(0, 15).exp2();
 }
 
 Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
@@ -955,16 +964,16 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
           : block.map.input_gradient(grad_map, weight, block.input_shape);
     }
     if (needs_folded && block.plan == kScaleHalf) {
-      const Tensor powers = powers_of_two(norm);
-      Ints shape(grad.dim(), 1);
-      shape[1] = norm.channels();
+      const auto wide = norm.constants.scalar_type();
+      const Tensor powers = powers_of_two(
+          coefficients(norm.constants, norm.weight, norm.eps));
       folded = block.map
-                   .gradients(grad * powers.view(shape).to(dtype), saved.x,
-                              weight, false, true)
-                   .second.to(powers.scalar_type());
+                   .gradients(times(grad, powers), saved.x, weight, false,
+                              true)
+                   .second.to(wide);
       by_group(folded, block.map)
           .div_(powers.view(channels_shape(folded, block.map)));
-      dense = in_rows(cast(saved.weight, powers.scalar_type()), block.map);
+      dense = in_rows(cast(saved.weight, wide), block.map);
     } else if (needs_folded) {
       folded =
           block.map.gradients(grad, saved.x, weight, false, true).second;
@@ -1017,8 +1026,7 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
   const auto& [x, weight, bias, bn_weight, constants] = saved;
   const auto dtype = constants.scalar_type();
   const Tensor mean = constants.select(0, 0);
-  const Tensor rstd = (constants.select(0, 1) + block.eps).rsqrt();
-  const Tensor coeff = bn_weight.defined() ? rstd * bn_weight : rstd;
+  const Tensor coeff = coefficients(constants, bn_weight, block.eps);
 
   const Ints shape = channels_shape(weight, block.map);
   const Tensor grouped = by_group(weight, block.map);
@@ -1026,15 +1034,35 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
 
   Gradients result;
   Tensor folded;
-  const Tensor folded_weight =
-      (grouped * factor).reshape(weight.sizes()).to(grad.scalar_type());
-  if (needs.weight || needs.bn_weight) {
-    std::tie(result.x, folded) =
-        block.map.gradients(grad, x, folded_weight, needs.x, true);
-    folded = folded.to(dtype).reshape(grouped.sizes());
-  } else if (needs.x) {
-    result.x =
-        block.map.input_gradient(grad, folded_weight, block.input_shape);
+  const bool needs_folded = needs.weight || needs.bn_weight;
+  if (block.plan == kScaleHalf) {
+    // No folded weight here either, which could leave float16's range.
+    const Tensor narrow = weight.to(grad.scalar_type());
+    if (needs.x) {
+      const Tensor grad_map = times(grad, coeff);
+      result.x = x.defined()
+          ? block.map.gradients(grad_map, x, narrow, true, false).first
+          : block.map.input_gradient(grad_map, narrow, block.input_shape);
+    }
+    if (needs_folded) {
+      const Tensor powers = powers_of_two(coeff);
+      folded = block.map
+                   .gradients(times(grad, powers), x, narrow, false, true)
+                   .second.to(dtype)
+                   .reshape(grouped.sizes()) /
+          powers.view(shape);
+    }
+  } else {
+    const Tensor folded_weight =
+        (grouped * factor).reshape(weight.sizes()).to(grad.scalar_type());
+    if (needs_folded) {
+      std::tie(result.x, folded) =
+          block.map.gradients(grad, x, folded_weight, needs.x, true);
+      folded = folded.to(dtype).reshape(grouped.sizes());
+    } else if (needs.x) {
+      result.x =
+          block.map.input_gradient(grad, folded_weight, block.input_shape);
+    }
   }
   Ints others = {0};
   for (int64_t i = 2; i < grad.dim(); i++) {
@@ -1050,6 +1078,7 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
   if (needs.bn_weight) {
     const Tensor dot = (folded * grouped).sum_to_size(shape).reshape(-1);
     const Tensor shift = bias.defined() ? bias - mean : -mean;
+    const Tensor rstd = coefficients(constants, Tensor(), block.eps);
     result.bn_weight = (dot + sum * shift) * rstd;
   }
   if (needs.bn_bias) {
