@@ -646,8 +646,9 @@ def test_operators_where_no_loop_serves(node, layer, plan):
     block, x, grad = make_block(*LAYERS[layer], dtype=torch.float32)
     with Operators() as operators:
         results(planned(plan), block, x, grad)
-    # The gradients of a linear layer are an operator each.
-    limit = 12 if layer.startswith('linear') else 11
+    # The gradients of a linear layer are an operator each. One vector of zeros
+    # is made in backward: kept, it would be half as much as the statistics.
+    limit = 13 if layer.startswith('linear') else 12
     assert operators.calls.total() <= limit, operators.calls
 
 

@@ -28,7 +28,7 @@
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/accumulate.h>
@@ -518,7 +518,7 @@ bool serves(const Tensor& tensor, at::ScalarType dtype) {
 struct Norm {
   // Those that are undefined count as 1 (weight) or 0.
   Tensor weight, bias, conv_bias;
-  // Mean, variance and zeros: (3, channels).
+  // Mean and variance: (2, channels).
   Tensor constants;
   double eps;
   // Whether the loops serve for parameters.
@@ -580,14 +580,21 @@ struct Norm {
     return constants.select(0, 0);
   }
 
-  Tensor zeros() const {
-    return constants.select(0, 2);
+  // Made where they are asked for, since what is kept is for backward.
+  const Tensor& zeros() const {
+    if (!zeros_.defined()) {
+      zeros_ = at::zeros({channels()}, constants.options());
+    }
+    return zeros_;
   }
 
   // The bias before the normalization, as a map of one pixel.
   Tensor bias_map() const {
     return (conv_bias.defined() ? conv_bias : zeros()).view({1, channels()});
   }
+
+ private:
+  mutable Tensor zeros_;
 };
 
 // Its numbers for the loops, made in double precision.
@@ -744,14 +751,13 @@ Tensor make_constants(const Tensor& mean, const Tensor& var,
   if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       !serves(mean, dtype) || !serves(var, dtype) || !mean.is_contiguous() ||
       !var.is_contiguous()) {
-    return at::stack({mean, var, at::zeros_like(mean)}).to(dtype);
+    return at::stack({mean, var}).to(dtype);
   }
-  Tensor constants = at::empty({3, mean.numel()}, mean.options());
+  Tensor constants = at::empty({2, mean.numel()}, mean.options());
   auto* to = static_cast<char*>(constants.mutable_data_ptr());
   const size_t size = mean.nbytes();
   std::memcpy(to, mean.const_data_ptr(), size);
   std::memcpy(to + size, var.const_data_ptr(), size);
-  std::memset(to + 2 * size, 0, size);
   return constants;
 }
 
