@@ -562,7 +562,8 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
         return False
     # Without a batch dimension the normalization would take the channels
     # for the batch.
-    if x.dim() != weight.dim() or mean.numel() != math.prod(coeff_shape):
+    if x.dim() != weight.dim() or mean.numel() != torch.Size(
+            coeff_shape).numel():
         return False
     bias, autocast_dtype = deferred.bias, deferred.context[1]
     output_dtype = _convolved_dtype(x, autocast_dtype)

@@ -34,7 +34,10 @@ __all__ = [
 
 
 class Convolution(NamedTuple):
-    """A convolution by its geometry, in the order of ``torch.convolution``."""
+    """A convolution by its geometry, in the order of ``torch.convolution``.
+
+    One number may stand for all dimensions, as ``F.conv2d`` takes it.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -42,6 +45,25 @@ class Convolution(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    def expanded(self, dims: int) -> 'Convolution':
+        """Give the same with one number for each dimension.
+
+        Args:
+            dims (int): How many there are.
+
+        Returns:
+            Convolution: One that the other methods take.
+        """
+        given = self.stride, self.padding, self.dilation, self.output_padding
+        settings = [
+            tuple(value) if isinstance(value, (tuple, list)) else (value, )
+            for value in given
+        ]
+        stride, padding, dilation, output_padding = (
+            value * dims if len(value) == 1 else value for value in settings)
+        return self._replace(stride=stride, padding=padding, dilation=dilation,
+                             output_padding=output_padding)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve.
@@ -96,6 +118,10 @@ class Product:
     The methods are those of :class:`Convolution`, for ``x`` of shape
     (batch, in_features) and ``weight`` of (out_features, in_features).
     """
+
+    def expanded(self, dims: int) -> 'Product':
+        """See :meth:`Convolution.expanded`."""
+        return self
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Multiply and add."""
@@ -173,10 +199,22 @@ def _by_group(weight: Tensor, coeff_shape: tuple[int, ...]) -> Tensor:
     return weight.unflatten(0, (coeff_shape[0], -1))
 
 
+def _ungrouped(product: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of :func:`_by_group`, in the weight's order of dimensions.
+
+    That of the product may be coeff's, in which the groups are outermost.
+    """
+    if product.dim() == weight.dim():
+        return product
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    product = product.reshape(weight.shape).permute(order).contiguous()
+    return product.permute([order.index(dim) for dim in range(weight.dim())])
+
+
 def _fold_weight(weight: Tensor, coeff: Tensor,
                  coeff_shape: tuple[int, ...]) -> Tensor:
     folded = _by_group(weight, coeff_shape) * coeff.view(coeff_shape)
-    return _strided_as(folded.view_as(weight), weight.stride())
+    return _strided_as(_ungrouped(folded, weight), weight.stride())
 
 
 def _fold_weight_anew(weight: Tensor, coeff: Tensor,
@@ -189,7 +227,7 @@ def _fold_weight_anew(weight: Tensor, coeff: Tensor,
     if not torch.compiler.is_compiling():
         return _fold_weight(weight, coeff, coeff_shape)
     folded = coeff.view(coeff_shape) * _by_group(weight, coeff_shape)
-    return _strided_as(folded.reshape(weight.shape), weight.stride())
+    return _strided_as(_ungrouped(folded, weight), weight.stride())
 
 
 def _strided_as(product: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -263,7 +301,8 @@ def fold_and_run(linear_map: LinearMap, x: Tensor, weight: Tensor,
     """
     if needs_gradient(x, weight, bias, bn_weight, bn_bias):
         return _FoldAndRun.apply(x, weight, bias, bn_weight, bn_bias, rstd,
-                                 bias_delta, coeff_shape, linear_map)
+                                 bias_delta, coeff_shape,
+                                 linear_map.expanded(weight.dim() - 2))
     folded = fold(weight, bias, bn_weight, bn_bias, rstd, bias_delta,
                   coeff_shape)
     return run_folded(linear_map, x, folded)
@@ -366,6 +405,7 @@ def run_folded(linear_map: LinearMap, x: Tensor,
         Tensor: Shape (batch, out_channels, ...), the dtype of ``x``.
     """
     weight, bias = folded
+    linear_map = linear_map.expanded(weight.dim() - 2)
     return linear_map.run(x, weight.to(x.dtype), bias.to(x.dtype))
 
 

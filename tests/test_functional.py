@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from mmtune import native
 from mmtune.analysis import saved_bytes
 from mmtune.functional import (
     Convolution,
@@ -205,6 +206,34 @@ def test_second_derivative_of_the_input_alone(settings):
     x = tensors['x'].requires_grad_()
     assert gradcheck(function, x)
     assert gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize('of', [lambda number: number, lambda number: [number],
+                                lambda number: (number, )])
+@pytest.mark.parametrize('learns', [True, False])
+@pytest.mark.parametrize('in_python', [True, False])
+def test_one_number_for_all_dimensions(in_python, learns, of, monkeypatch):
+    """``F.conv2d`` takes them, and so may a module's attribute."""
+    if in_python:
+        monkeypatch.setattr(native, 'node', lambda: None)
+    tensors, statistics, geometry, eps = make_case(
+        stride=2, size=6, padding=1, dilation=1)
+    short = Convolution(of(2), of(1), of(1), False, of(0), 1)
+    results = []
+    for form in (geometry, short):
+        leaves = {
+            name: t.clone().requires_grad_(learns or name == 'x')
+            for name, t in tensors.items()
+        }
+        output = tuned(leaves, statistics, form, eps)
+        output.square().sum().backward()
+        with torch.no_grad():
+            outputs = [output, tuned(tensors, statistics, form, eps)]
+        results.append([*outputs, *(t.grad for t in leaves.values())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

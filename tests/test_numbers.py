@@ -5,7 +5,6 @@ paper's Eval. What is right, a run of stock in float64 says, with the same
 (rounded) parameters, input and gradient of the output.
 """
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +12,22 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmtune import behaviours, turn_on
+from mmtune import behaviours, native, turn_on
 from mmtune.behaviours import HALF_CHECK_INTERVAL, NormState
-from mmtune.functional import norm_coefficients
+from mmtune.functional import fold_and_run_norm
 from tests.oracle import runs, stock_copy
+
+
+@pytest.fixture(params=['native', 'Python'])
+def beyond_half(request, monkeypatch):
+    """How a block runs whose folded weight leaves the range of float16."""
+    if request.param == 'Python':
+        monkeypatch.setattr(native, 'node', lambda: None)
+        return 'stock'
+    if native.node() is None:
+        pytest.skip('runs without the native node')
+    return 'fused'
+
 
 DENORMAL = 5.6e-45
 INF, NAN = math.inf, math.nan
@@ -173,7 +184,7 @@ def test_exact_in_float64(case):
     'x', '0.weight', '0.bias', '1.weight', '1.bias', '1.running_mean',
     '1.running_var'
 ])
-def test_a_value_that_is_not_finite(place, value, gamma, dtype):
+def test_a_value_that_is_not_finite(place, value, gamma, dtype, beyond_half):
     """It spoils what it spoils in stock, and nothing else.
 
     Where stock has inf Tune may have nan, and the reverse: a sum over
@@ -190,9 +201,8 @@ def test_a_value_that_is_not_finite(place, value, gamma, dtype):
     # A deviation of inf makes a channel constant.
     harmless = place == '1.running_var' and value == INF
     assert all(e.isfinite().all() for e in expected.values()) == harmless
-    # What float16 cannot hold is left to stock.
     fits = dtype != torch.float16 or place == 'x' or harmless
-    assert runs(block) == ['fused' if fits else 'stock']
+    assert runs(block) == ['fused' if fits else beyond_half]
     for key, e in expected.items():
         finite = e.isfinite()
         assert torch.equal(actual[key].isfinite(), finite), key
@@ -257,7 +267,7 @@ def gradient_of_gamma(block, grads):
     return (dot / (rstd * bn.weight) + shift * grads['1.bias'].float()) * rstd
 
 
-def measure(case, mode, channels=768):
+def measure(case, mode, channels=768, make=make_block):
     """Tune's error in units of Eval's, for the output and each gradient.
 
     Taken over many blocks, since rounding a parameter is one event for all of
@@ -268,6 +278,7 @@ def measure(case, mode, channels=768):
         mode (str): Key of ``MODES``.
         channels (int): How many output channels to see in all; 64 blocks at
             most.
+        make (Callable): Gives the block of a seed and of the arguments.
 
     Returns:
         dict[str, tuple[float, float]]: In units of Eval's error, and in units
@@ -278,7 +289,7 @@ def measure(case, mode, channels=768):
     squares = {}
     blocks = min(64, math.ceil(channels / case.get('out_channels', 64)))
     for seed in range(blocks):
-        block, x, grad = make_block(seed, **case)
+        block, x, grad = make(seed, **case)
         block = block.to(dtype)
         # Rounded once and for all: this is not the error in question.
         x, grad = (t.to(autocast or dtype) for t in (x, grad))
@@ -395,10 +406,13 @@ def test_known_limits(mode, key, ceiling, case):
 def test_bound_is_exceeded_by_a_fold_in_half_precision(monkeypatch):
 
     def rounded(*arguments):
-        rstd, bias_delta = norm_coefficients(*arguments)
-        return rstd.bfloat16().float(), bias_delta.bfloat16().float()
+        *tensors, mean, var, eps, coeff_shape, plan = arguments
+        return fold_and_run_norm(*tensors,
+                                 mean.bfloat16().float(),
+                                 var.bfloat16().float(), eps, coeff_shape,
+                                 plan)
 
-    monkeypatch.setattr(behaviours, 'norm_coefficients', rounded)
+    monkeypatch.setattr(behaviours, 'fold_and_run_norm', rounded)
     ratios = measure({}, 'float32')
     assert ratios.pop('1.bias')[1] <= BOUND  # does not depend on it
     for key, (_, ratio) in ratios.items():
@@ -468,7 +482,7 @@ def test_training_is_as_exact_as_stock(mode, exact_output):
 
 
 # --------------------------------------------------------------------------
-# Float16: what it cannot hold is left to stock
+# Float16: what it cannot hold is left to stock, or the map scaled
 # --------------------------------------------------------------------------
 
 LARGEST, SMALLEST = 65504 / 16, 2.**-14 * 16
@@ -505,8 +519,9 @@ def make_half_block(mode, weight=1., bias=0., gamma=1., beta=0., mean=0.):
     ('stock', dict(bias=LARGEST, mean=-2.)),
     ('stock', dict(bias=64., gamma=-128.)),
 ])
-def test_what_float16_can_hold_is_fused(ran, values, mode):
+def test_what_float16_can_hold_is_fused(ran, values, mode, beyond_half):
     """With a margin, since on a GPU it is not asked at every call."""
+    ran = beyond_half if ran == 'stock' else ran
     dtype, autocast = MODES[mode]
     block = make_half_block(mode, **values)
     x = torch.ones(1, 1, 2, 2, dtype=dtype)
@@ -518,12 +533,59 @@ def test_what_float16_can_hold_is_fused(ran, values, mode):
         torch.testing.assert_close(actual[key], e, rtol=2e-3, atol=0)
 
 
+def make_tiny_block(seed, **settings):
+    """Where the fold exceeds float16, since the input is all but below it."""
+    block, x, grad = make_block(seed, **settings)
+    with torch.no_grad():
+        block[0].bias.mul_(TINY)
+        block[1].running_mean.mul_(TINY)
+        block[1].running_var.mul_(TINY**2)
+    return block, TINY * x, grad
+
+
+TINY = 2.**-12
+
+
+@pytest.mark.parametrize('scale_of_grad', [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize('case', [
+    dict(), dict(stride=2), dict(groups=4, in_channels=4),
+    dict(coefficient=4.), dict(gamma=(1, 1e-6, 0, -1))
+])
+def test_scaled_maps_are_as_exact_as_stock(case, scale_of_grad, monkeypatch):
+    """With their gradients, some of which the folded weight's underflows."""
+    if native.node() is None:
+        pytest.skip('runs without the native node')
+    case = dict(in_channels=1, kernel=1, eps=0.,
+                scale_of_grad=scale_of_grad) | case
+    fits = []
+    ask = NormState.fits_half
+    monkeypatch.setattr(
+        NormState, 'fits_half',
+        lambda *arguments: fits.append(ask(*arguments)) or fits[-1])
+    assert_as_exact(measure(case, 'autocast float16', make=make_tiny_block))
+    assert not any(fits)
+
+
+@pytest.mark.parametrize('mode', HALF_MODES)
+@pytest.mark.parametrize('case', [
+    dict(coefficient=2.**-20, scale_of_grad=1 / 64),
+    dict(coefficient=2.**-14, scale_of_grad=1 / 64),
+    dict(coefficient=1500, scale_of_grad=1 / 1500),
+])
+def test_maps_of_any_coefficient_are_as_exact_as_stock(mode, case):
+    if native.node() is None:
+        pytest.skip('runs without the native node')
+    case = dict(in_channels=1, kernel=1, deviation=1 / 64, beta=0.) | case
+    assert_as_exact(measure(case, mode, channels=256))
+
+
 @pytest.mark.parametrize('mode', HALF_MODES)
 @pytest.mark.parametrize('values, x', [
     (dict(weight=8., gamma=30000.), .1),
     (dict(bias=30., gamma=4000.), -20.),
 ])
-def test_folded_overflow_is_left_to_stock(values, x, mode, monkeypatch):
+def test_folded_overflow_is_not_met(values, x, mode, beyond_half,
+                                    monkeypatch):
     """``w'`` or ``b'`` exceeds float16 where neither Y nor Z does."""
     dtype, autocast = MODES[mode]
     block = make_half_block(mode, **values)
@@ -540,7 +602,9 @@ def test_folded_overflow_is_left_to_stock(values, x, mode, monkeypatch):
             assert e.isfinite().all()
             torch.testing.assert_close(
                 actual[key], e, rtol=.01, atol=.01 * e.abs().max().item())
-        return all(torch.equal(actual[k], e) for k, e in expected.items())
+        # A map that is scaled has the bits of stock.
+        keys = expected if beyond_half == 'stock' else ['output']
+        return all(torch.equal(actual[k], expected[k]) for k in keys)
 
     def scale(factor):
         for model in (stock, block):
@@ -548,13 +612,13 @@ def test_folded_overflow_is_left_to_stock(values, x, mode, monkeypatch):
                 model[1].weight.mul_(factor)
 
     assert compare()
-    assert runs(block) == ['stock']
+    assert runs(block) == [beyond_half]
     scale(2.**-8)
     compare()
     assert runs(block) == ['fused']
     scale(2.**8)
     assert compare()
-    assert runs(block) == ['stock']
+    assert runs(block) == [beyond_half]
     # The control: without the question, infinity.
     monkeypatch.setattr(NormState, 'fits_half', lambda *_: True)
     with pytest.raises(AssertionError):
@@ -567,7 +631,7 @@ def test_other_devices_are_asked_now_and_then(monkeypatch):
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     turn_on(model)
     state = model[1]._tune_norm
-    elsewhere = SimpleNamespace(device=torch.device('meta'))
+    elsewhere = torch.ones(2, device='meta')
     folded = torch.ones(2), torch.ones(2)
     monkeypatch.setattr(behaviours, 'fold', lambda *_: folded)
     answers = []
@@ -576,7 +640,9 @@ def test_other_devices_are_asked_now_and_then(monkeypatch):
             folded = torch.full((2, ), 1e9), torch.ones(2)
         if i == HALF_CHECK_INTERVAL + 1:
             folded = torch.ones(2), torch.ones(2)
-        answers.append(state.fits_half((elsewhere, )))
+        answers.append(
+            state.fits_half((None, ) * 4, elsewhere, elsewhere, 1e-5,
+                            (2, 1, 1, 1)))
     changes = [i for i in range(1, len(answers))
                if answers[i] != answers[i - 1]]
     assert answers[0] is True

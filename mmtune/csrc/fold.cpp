@@ -24,10 +24,11 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/accumulate.h>
@@ -42,6 +43,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace {
@@ -53,7 +55,8 @@ using torch::autograd::variable_list;
 using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
 
-enum Plan : int64_t { kChoose, kFold, kScale };
+// The last is what asking for kScale in float16 turns into.
+enum Plan : int64_t { kChoose, kFold, kScale, kScaleHalf };
 
 // The map is scaled where it has at most this many elements for each of the
 // weight's. tests/benchmarks/plans.py on one core of an AMD EPYC that others
@@ -115,8 +118,15 @@ struct LinearMap {
                                       const Tensor& weight, bool needs_x,
                                       bool needs_weight) const {
     if (is_product()) {
-      return {needs_x ? grad.mm(weight) : Tensor(),
-              needs_weight ? grad.t().mm(x) : Tensor()};
+      Tensor grad_weight;
+      if (needs_weight) {
+        // In which order decides the strides of the result: as torch's own.
+        grad_weight =
+            weight.stride(0) == weight.size(1) && weight.stride(1) == 1
+            ? grad.t().mm(x)
+            : x.t().mm(grad).t();
+      }
+      return {needs_x ? grad.mm(weight) : Tensor(), grad_weight};
     }
     auto [grad_x, grad_weight, _] = at::convolution_backward(
         grad, x, weight, at::OptionalIntArrayRef(), stride, padding, dilation,
@@ -138,8 +148,18 @@ struct LinearMap {
             2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1;
       }
     }
-    return at::convolution(grad, weight, std::nullopt, stride, padding,
-                           dilation, !transposed, adjust, groups);
+    Tensor gradient =
+        at::convolution(grad, weight, std::nullopt, stride, padding, dilation,
+                        !transposed, adjust, groups);
+    if (gradient.sizes() == input_shape) {
+      return gradient;
+    }
+    // An output padding of a stride or more gives positions beyond those of
+    // the input. Copied, to lie as densely as torch's own gradient.
+    for (size_t i = 0; i < adjust.size(); i++) {
+      gradient = gradient.narrow(i + 2, 0, input_shape[i + 2]);
+    }
+    return gradient.clone();
   }
 
   double output_numel(const Tensor& x, const Tensor& weight) const {
@@ -157,6 +177,33 @@ struct LinearMap {
     return numel;
   }
 };
+
+// One number for each dimension, as torch::convolution takes them.
+using Setting = std::variant<Ints, int64_t>;
+
+Ints expand(Setting setting, int64_t dims, const char* name) {
+  Ints numbers = std::holds_alternative<int64_t>(setting)
+      ? Ints{std::get<int64_t>(setting)}
+      : std::get<Ints>(std::move(setting));
+  if (numbers.size() == 1) {
+    numbers.resize(dims, numbers[0]);
+  }
+  TORCH_CHECK(static_cast<int64_t>(numbers.size()) == dims, "expected ", name,
+              " to be a single integer value or a list of ", dims,
+              " values, but got ", IntArrayRef(numbers));
+  return numbers;
+}
+
+// What would be divided by; at::convolution says more.
+void check(const LinearMap& map, const Tensor& weight) {
+  for (int64_t stride : map.stride) {
+    TORCH_CHECK(stride > 0, "non-positive stride is not supported");
+  }
+  TORCH_CHECK(map.groups > 0, "non-positive groups is not supported");
+  TORCH_CHECK(!map.transposed || weight.size(0) % map.groups == 0,
+              "expected weight to be divisible by ", map.groups,
+              " at dimension 0, but got weight of size ", weight.sizes());
+}
 
 Plan choose(const LinearMap& map, const Tensor& x, const Tensor& weight) {
   return map.output_numel(x, weight) <=
@@ -180,17 +227,91 @@ bool is_channels_last(const Tensor& tensor) {
       tensor.is_contiguous(at::MemoryFormat::ChannelsLast3d);
 }
 
-// Of a weight that is contiguous or channels-last.
-Rows weight_rows(const Tensor& weight, const LinearMap& map) {
-  const bool contiguous = weight.is_contiguous();
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); i++) {
+    // With one element a dimension's stride says nothing.
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Of a weight, or of its gradient, in any order of the dimensions; none where
+// that cannot be said so.
+std::optional<Rows> weight_rows(const Tensor& weight, const LinearMap& map) {
+  const int64_t numel = weight.numel();
+  if (!weight.is_non_overlapping_and_dense()) {
+    return std::nullopt;
+  }
+  if (numel == 0) {
+    return Rows{1, 0, map.out_channels(weight), 1};
+  }
+  // In a dense tensor a stride is the size of all that lies further in.
+  const auto along = [&](int64_t channels, int64_t stride) {
+    return channels == 1
+        ? Rows{1, 1, 1, numel}
+        : Rows{1, numel / (channels * stride), channels, stride};
+  };
   const int64_t first = weight.size(0), second = weight.size(1);
-  const int64_t pixels = c10::multiply_integers(weight.sizes().slice(2));
   if (!map.transposed) {
-    return Rows{1, 1, first, second * pixels};
+    return along(first, weight.stride(0));
+  }
+  if (map.groups == 1) {
+    return along(second, weight.stride(1));
   }
   const int64_t inputs = first / map.groups;
-  return contiguous ? Rows{map.groups, inputs, second, pixels}
-                    : Rows{map.groups, inputs * pixels, second, 1};
+  const int64_t group = inputs * weight.stride(0);
+  if (second == 1) {
+    return along(map.groups, group);
+  }
+  if (first * weight.stride(0) != numel) {
+    return std::nullopt;
+  }
+  return Rows{map.groups, group / (second * weight.stride(1)), second,
+              weight.stride(1)};
+}
+
+// The weight with the dimensions of what multiplies it, and the shape in which
+// a number for each channel does.
+Tensor by_group(const Tensor& weight, const LinearMap& map) {
+  return map.transposed ? weight.unflatten(0, {map.groups, -1}) : weight;
+}
+
+Ints channels_shape(const Tensor& weight, const LinearMap& map) {
+  Ints shape(weight.dim(), 1);
+  if (map.transposed) {
+    shape[1] = weight.size(1);
+    shape.insert(shape.begin(), map.groups);
+  } else {
+    shape[0] = weight.size(0);
+  }
+  return shape;
+}
+
+// The tensor, or a copy, of which there are rows.
+Tensor in_rows(const Tensor& weight, const LinearMap& map) {
+  if (weight_rows(weight, map)) {
+    return weight;
+  }
+  // Dense, and in the weight's own order if there are rows of that.
+  const Tensor dense = weight.clone();
+  return weight_rows(dense, map) ? dense : dense.contiguous();
+}
+
+// The tensor in the strides of another, in those of dimensions of size 1 as
+// well: from them kernels tell channels_last, by which they choose the strides
+// of their results.
+Tensor strided_as(const Tensor& tensor, const Tensor& like) {
+  if (tensor.strides() == like.strides() ||
+      !like.is_non_overlapping_and_dense()) {
+    return tensor;
+  }
+  if (same_strides(tensor, like)) {
+    return tensor.as_strided(like.sizes(), like.strides());
+  }
+  return at::empty_strided(like.sizes(), like.strides(), tensor.options())
+      .copy_(tensor);
 }
 
 std::optional<Rows> map_rows(const Tensor& map) {
@@ -218,7 +339,7 @@ Tensor as_map(const Tensor& tensor, const Rows& rows) {
       .reshape({outer, groups * channels, inner});
 }
 
-// The inverse, in the shape and the strides of ``like``.
+// The inverse, in the shape and the strides of ``like``, whose rows they are.
 Tensor from_map(Tensor map, const Rows& rows, const Tensor& like) {
   if (rows.groups > 1) {
     map = map.view({rows.outer, rows.groups, rows.channels, rows.inner})
@@ -226,16 +347,6 @@ Tensor from_map(Tensor map, const Rows& rows, const Tensor& like) {
               .contiguous();
   }
   return map.as_strided(like.sizes(), like.strides());
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); i++) {
-    // With one element a dimension's stride says nothing.
-    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) {
-      return false;
-    }
-  }
-  return true;
 }
 
 // --------------------------------------------------------------------------
@@ -407,7 +518,7 @@ bool serves(const Tensor& tensor, at::ScalarType dtype) {
 struct Norm {
   // Those that are undefined count as 1 (weight) or 0.
   Tensor weight, bias, conv_bias;
-  // Mean, variance and zeros: (3, channels).
+  // Mean and variance: (2, channels).
   Tensor constants;
   double eps;
   // Whether the loops serve for parameters.
@@ -469,14 +580,21 @@ struct Norm {
     return constants.select(0, 0);
   }
 
-  Tensor zeros() const {
-    return constants.select(0, 2);
+  // Made where they are asked for, since what is kept is for backward.
+  const Tensor& zeros() const {
+    if (!zeros_.defined()) {
+      zeros_ = at::zeros({channels()}, constants.options());
+    }
+    return zeros_;
   }
 
   // The bias before the normalization, as a map of one pixel.
   Tensor bias_map() const {
     return (conv_bias.defined() ? conv_bias : zeros()).view({1, channels()});
   }
+
+ private:
+  mutable Tensor zeros_;
 };
 
 // Its numbers for the loops, made in double precision.
@@ -605,12 +723,27 @@ struct Block {
   }
 };
 
-// Operators here are neither recorded nor cast.
-struct Below {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
+// Operators here are not cast; below, they are not recorded either.
+struct Uncast {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{
       c10::autocast_dispatch_keyset};
 };
+
+struct Below {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  Uncast uncast;
+};
+
+// Whether what is done to a tensor has to be seen operator by operator: in a
+// vectorized backward (is_grads_batched), and where it has a tangent.
+bool is_followed(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet keys{
+      c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::FuncTorchGradWrapper};
+  return tensor.defined() &&
+      (tensor.key_set().has_any(keys) || !tensor.has_storage() ||
+       tensor._fw_grad(0).defined());
+}
 
 // A copy: a training step may change the statistics before backward.
 Tensor make_constants(const Tensor& mean, const Tensor& var,
@@ -618,41 +751,39 @@ Tensor make_constants(const Tensor& mean, const Tensor& var,
   if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       !serves(mean, dtype) || !serves(var, dtype) || !mean.is_contiguous() ||
       !var.is_contiguous()) {
-    return at::stack({mean, var, at::zeros_like(mean)}).to(dtype);
+    return at::stack({mean, var}).to(dtype);
   }
-  Tensor constants = at::empty({3, mean.numel()}, mean.options());
+  Tensor constants = at::empty({2, mean.numel()}, mean.options());
   auto* to = static_cast<char*>(constants.mutable_data_ptr());
   const size_t size = mean.nbytes();
   std::memcpy(to, mean.const_data_ptr(), size);
   std::memcpy(to + size, var.const_data_ptr(), size);
-  std::memset(to + 2 * size, 0, size);
   return constants;
 }
 
 // The weight in a dtype that a batch norm with these parameters takes. One in
 // half precision stays so if its fold would end there in any case: it is
 // folded in float32 all the same.
-Tensor to_fold(const Tensor& weight, at::ScalarType dtype, const Norm& norm) {
+Tensor to_fold(const Tensor& weight, at::ScalarType dtype, const Norm& norm,
+               const LinearMap& map) {
   const bool stays = is_half(dtype) && weight.scalar_type() == dtype &&
       norm.constants.scalar_type() == at::kFloat;
   const Tensor dense =
       stays ? weight : cast(weight, norm.constants.scalar_type());
-  return dense.is_contiguous() || is_channels_last(dense)
-      ? dense
-      : dense.contiguous();
+  return in_rows(dense, map);
 }
 
 Tensor run(const Block& block, const Tensor& x, const Tensor& weight,
            const Norm& norm) {
   const auto dtype = x.scalar_type();
-  if (block.plan == kScale) {
+  if (block.plan != kFold) {
     return normalize(block.map.run(x, cast(weight, dtype),
                                    cast(norm.conv_bias, dtype)),
                      norm);
   }
-  const Tensor dense = to_fold(weight, dtype, norm);
-  const Tensor folded =
-      fold_weight(dense, weight_rows(dense, block.map), norm);
+  const Tensor dense = to_fold(weight, dtype, norm, block.map);
+  const Tensor folded = strided_as(
+      fold_weight(dense, *weight_rows(dense, block.map), norm), weight);
   return block.map.run(x, cast(folded, dtype), cast(fold_bias(norm), dtype));
 }
 
@@ -796,20 +927,40 @@ void chain_by_operators(const Tensor& folded, const Tensor& sum,
   }
 }
 
+Tensor coefficients(const Tensor& constants, const Tensor& weight,
+                    double eps) {
+  const Tensor rstd = (constants.select(0, 1) + eps).rsqrt();
+  return weight.defined() ? rstd * weight : rstd;
+}
+
+// A map in half precision, channel by channel, in its own dtype.
+Tensor times(const Tensor& map, const Tensor& factors) {
+  Ints shape(map.dim(), 1);
+  shape[1] = map.size(1);
+  return (map * factors.view(shape)).to(map.scalar_type());
+}
+
+// By which dZ is multiplied before dw' is taken, about coeff: where coeff is
+// large, dw' could fall below the numbers of float16 that dw is one of. Below
+// 1 the gradient of gamma would fall so. Multiplying by them rounds nothing.
+Tensor powers_of_two(const Tensor& coeff) {
+  return coeff.detach().abs().log2().round().nan_to_num(0, 0, 0).clamp(0, 15).exp2();
+}
+
 Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
                     const Needs& needs) {
   const Below below;
   const auto dtype = grad.scalar_type();
   const Norm norm(saved.weight, saved.bias, saved.bn_weight, Tensor(),
                   saved.constants, block.eps);
-  const Tensor dense = to_fold(saved.weight, dtype, norm);
-  const Rows rows = weight_rows(dense, block.map);
+  Tensor dense = to_fold(saved.weight, dtype, norm, block.map);
+  Rows rows = *weight_rows(dense, block.map);
   const bool needs_folded = needs.weight || needs.bn_weight;
   const bool needs_sum = needs.bias || needs.bn_weight || needs.bn_bias;
 
   Gradients result;
-  Tensor folded, sum;
-  if (block.plan == kScale) {
+  Tensor folded, laid_out, sum;
+  if (block.plan != kFold) {
     const Tensor weight = cast(saved.weight, dtype);
     if (needs.x) {
       Tensor grad_map;
@@ -818,14 +969,28 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
           ? block.map.gradients(grad_map, saved.x, weight, true, false).first
           : block.map.input_gradient(grad_map, weight, block.input_shape);
     }
-    if (needs_folded) {
+    if (needs_folded && block.plan == kScaleHalf) {
+      const auto wide = norm.constants.scalar_type();
+      const Tensor powers = powers_of_two(
+          coefficients(norm.constants, norm.weight, norm.eps));
+      folded = block.map
+                   .gradients(times(grad, powers), saved.x, weight, false,
+                              true)
+                   .second.to(wide);
+      by_group(folded, block.map)
+          .div_(powers.view(channels_shape(folded, block.map)));
+      dense = in_rows(cast(saved.weight, wide), block.map);
+    } else if (needs_folded) {
       folded =
           block.map.gradients(grad, saved.x, weight, false, true).second;
     }
   } else {
     // Its values matter to the gradient of the input alone.
-    const Tensor weight = cast(
-        needs.x ? fold_weight(dense, rows, norm) : saved.weight, dtype);
+    const Tensor weight =
+        cast(needs.x
+                 ? strided_as(fold_weight(dense, rows, norm), saved.weight)
+                 : saved.weight,
+             dtype);
     if (needs_folded) {
       std::tie(result.x, folded) =
           block.map.gradients(grad, saved.x, weight, needs.x, true);
@@ -840,12 +1005,20 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
   }
   if (needs_folded) {
     folded = cast(folded, dense.scalar_type());
+    laid_out = folded;
+    folded = in_rows(folded, block.map);
+    rows = *weight_rows(folded, block.map);
+    // The gradient keeps its strides, the weight is to lie as it does; only
+    // gamma's gradient asks for its values.
     if (!same_strides(folded, dense)) {
-      folded = at::empty_like(dense).copy_(folded);
+      dense = needs.bn_weight ? strided_as(dense, folded) : folded;
     }
   }
   (norm.looped ? chain_looped : chain_by_operators)(folded, sum, dense, rows,
                                                     norm, needs, result);
+  if (needs.weight) {
+    result.weight = strided_as(result.weight, laid_out);
+  }
   if (needs.bn_bias) {
     result.bn_bias = sum;
   }
@@ -855,35 +1028,47 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
 // The same in operators that autograd records, for a second derivative.
 Gradients differentiable_gradients(const Block& block, const Tensor& grad,
                                    const Saved& saved, const Needs& needs) {
+  const Uncast uncast;
   const auto& [x, weight, bias, bn_weight, constants] = saved;
   const auto dtype = constants.scalar_type();
   const Tensor mean = constants.select(0, 0);
-  const Tensor rstd = (constants.select(0, 1) + block.eps).rsqrt();
-  const Tensor coeff = bn_weight.defined() ? rstd * bn_weight : rstd;
+  const Tensor coeff = coefficients(constants, bn_weight, block.eps);
 
-  // The weight and coeff in shapes that multiply.
-  Ints shape(weight.dim(), 1);
-  Tensor by_group = weight;
-  if (block.map.transposed) {
-    shape[1] = weight.size(1);
-    shape.insert(shape.begin(), block.map.groups);
-    by_group = weight.unflatten(0, {block.map.groups, -1});
-  } else {
-    shape[0] = weight.size(0);
-  }
+  const Ints shape = channels_shape(weight, block.map);
+  const Tensor grouped = by_group(weight, block.map);
   const Tensor factor = coeff.view(shape);
 
   Gradients result;
   Tensor folded;
-  const Tensor folded_weight =
-      (by_group * factor).view_as(weight).to(grad.scalar_type());
-  if (needs.weight || needs.bn_weight) {
-    std::tie(result.x, folded) =
-        block.map.gradients(grad, x, folded_weight, needs.x, true);
-    folded = folded.to(dtype).view_as(by_group);
-  } else if (needs.x) {
-    result.x =
-        block.map.input_gradient(grad, folded_weight, block.input_shape);
+  const bool needs_folded = needs.weight || needs.bn_weight;
+  if (block.plan == kScaleHalf) {
+    // No folded weight here either, which could leave float16's range.
+    const Tensor narrow = weight.to(grad.scalar_type());
+    if (needs.x) {
+      const Tensor grad_map = times(grad, coeff);
+      result.x = x.defined()
+          ? block.map.gradients(grad_map, x, narrow, true, false).first
+          : block.map.input_gradient(grad_map, narrow, block.input_shape);
+    }
+    if (needs_folded) {
+      const Tensor powers = powers_of_two(coeff);
+      folded = block.map
+                   .gradients(times(grad, powers), x, narrow, false, true)
+                   .second.to(dtype)
+                   .reshape(grouped.sizes()) /
+          powers.view(shape);
+    }
+  } else {
+    const Tensor folded_weight =
+        (grouped * factor).reshape(weight.sizes()).to(grad.scalar_type());
+    if (needs_folded) {
+      std::tie(result.x, folded) =
+          block.map.gradients(grad, x, folded_weight, needs.x, true);
+      folded = folded.to(dtype).reshape(grouped.sizes());
+    } else if (needs.x) {
+      result.x =
+          block.map.input_gradient(grad, folded_weight, block.input_shape);
+    }
   }
   Ints others = {0};
   for (int64_t i = 2; i < grad.dim(); i++) {
@@ -891,14 +1076,15 @@ Gradients differentiable_gradients(const Block& block, const Tensor& grad,
   }
   const Tensor sum = grad.sum(others, false, dtype);
   if (needs.weight) {
-    result.weight = (folded * factor).view_as(weight);
+    result.weight = (folded * factor).reshape(weight.sizes());
   }
   if (needs.bias) {
     result.bias = sum * coeff;
   }
   if (needs.bn_weight) {
-    const Tensor dot = (folded * by_group).sum_to_size(shape).view(-1);
+    const Tensor dot = (folded * grouped).sum_to_size(shape).reshape(-1);
     const Tensor shift = bias.defined() ? bias - mean : -mean;
+    const Tensor rstd = coefficients(constants, Tensor(), block.eps);
     result.bn_weight = (dot + sum * shift) * rstd;
   }
   if (needs.bn_bias) {
@@ -954,7 +1140,10 @@ struct Fold : torch::autograd::Function<Fold> {
         saved.bn_weight.defined() && ctx->needs_input_grad(edge++);
     needs.bn_bias = has_bn_bias && ctx->needs_input_grad(edge++);
 
-    Gradients result = at::GradMode::is_enabled()
+    const bool is_differentiable = at::GradMode::is_enabled() ||
+        is_followed(grads[0]) ||
+        std::any_of(tensors.begin(), tensors.end(), is_followed);
+    Gradients result = is_differentiable
         ? differentiable_gradients(block, grads[0], saved, needs)
         : gradients(block, grads[0], saved, needs);
     const auto give = [&](size_t i, bool needed, const Tensor& grad,
@@ -979,15 +1168,20 @@ struct Fold : torch::autograd::Function<Fold> {
 Tensor fold_and_run(const Tensor& x, const Tensor& weight,
                     const MaybeTensor& bias, const MaybeTensor& bn_weight,
                     const MaybeTensor& bn_bias, const Tensor& running_mean,
-                    const Tensor& running_var, double eps, Ints stride,
-                    Ints padding, Ints dilation, bool transposed,
-                    Ints output_padding, int64_t groups, int64_t plan) {
-  Block block{{std::move(stride), std::move(padding), std::move(dilation),
-               std::move(output_padding), transposed, groups},
+                    const Tensor& running_var, double eps, Setting stride,
+                    Setting padding, Setting dilation, bool transposed,
+                    Setting output_padding, int64_t groups, int64_t plan) {
+  const int64_t dims = std::max<int64_t>(weight.dim() - 2, 0);
+  Block block{{expand(std::move(stride), dims, "stride"),
+               expand(std::move(padding), dims, "padding"),
+               expand(std::move(dilation), dims, "dilation"),
+               expand(std::move(output_padding), dims, "output_padding"),
+               transposed, groups},
               static_cast<Plan>(plan),
               eps,
               bn_bias ? bn_bias->scalar_type() : at::ScalarType::Undefined,
               x.sizes().vec()};
+  check(block.map, weight);
   const int64_t channels = block.map.out_channels(weight);
   for (const MaybeTensor& vector :
        {bias, bn_weight, bn_bias, MaybeTensor(running_mean),
@@ -1002,6 +1196,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
       " dimensions and the input ", x.dim(), "; pass a batch of inputs");
   if (plan == kChoose) {
     block.plan = choose(block.map, x, weight);
+  } else if (plan == kScale && x.scalar_type() == at::kHalf) {
+    block.plan = kScaleHalf;
   }
   std::optional<Norm> norm;
   {
