@@ -315,6 +315,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def native_node(*tensors: Tensor) -> Any:
     """Give the native node where it may run.
 
+    On a CPU alone, unless ``MMTUNE_NATIVE`` is 1: elsewhere it was never run.
     What traces or transforms needs to see operators of its own.
 
     Args:
@@ -329,7 +330,8 @@ def native_node(*tensors: Tensor) -> Any:
             or torch._C._get_tracing_state() is not None):
         return None
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu
+                                              or native.is_wanted()):
             return None
     return native.node()
 

@@ -118,12 +118,12 @@ def test_only_the_input_learns():
 def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = build(BACKBONES[name])
+    model = build(BACKBONES[name]).double()
     turn_on(model)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert_equal_steps(
-        step(model, x), step(model, x, lambda _, x: compiled(x)), 1e-6)
+        step(model, x), step(model, x, lambda _, x: compiled(x)))
     counters = torch._dynamo.utils.counters
     assert counters['stats']['unique_graphs'] == 1
     assert not counters['graph_break']

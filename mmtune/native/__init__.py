@@ -35,7 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['BuildError', 'built_file', 'load', 'node']
+__all__ = ['BuildError', 'built_file', 'is_wanted', 'load', 'node']
 
 SOURCE = Path(__file__).parents[1] / 'csrc' / 'fold.cpp'
 NAME = 'mmtune_fold'
@@ -75,6 +75,11 @@ def node() -> ModuleType | None:
     if _outcome.error is not None:
         raise _outcome.error
     return _outcome.module
+
+
+def is_wanted() -> bool:
+    """Whether ``MMTUNE_NATIVE`` asks for the node, on any device."""
+    return os.environ.get('MMTUNE_NATIVE') == '1'
 
 
 def _first_outcome() -> _Outcome:
