@@ -12,6 +12,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmtune import native
+
 IMAGE = (64, 64)
 # What `BENCHMARKS` measures at full size.
 TINY = {
@@ -111,7 +113,9 @@ def check_times(name, row):
 
 
 @pytest.mark.small_maps
-def test_folds_where_it_is_made_to():
+def test_folds_where_it_is_made_to(monkeypatch):
+    # With the native node no map is small.
+    monkeypatch.setattr(native, 'node', lambda: None)
     stock = cost.blocks(2, channels=8, kernel=1, device='cpu')
     models, _ = cost.variants(stock, ['Tune', 'Tune, folding'])
     ran = {}
