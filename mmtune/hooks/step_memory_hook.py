@@ -36,10 +36,10 @@ class StepMemoryHook(Hook):
     The first step is measured too, and the log says then what is spared.
     Between measured steps MMEngine logs the latest values again. On the CPU a
     step that is measured takes longer than others, and the native node runs by
-    operators, which round differently than its own loops; on a GPU the allocator's
-    peak starts anew with it, from which MMEngine's ``memory`` comes, too. A
-    run with ``compile`` is not measured, since that would keep torch from
-    compiling.
+    operators, which round differently than its own loops; on a GPU the
+    allocator's peak starts anew with it, from which MMEngine's ``memory``
+    comes, too. A run with ``compile`` is not measured, since that would keep
+    torch from compiling.
 
     Args:
         interval (int): Iterations from one measured step to the next.
