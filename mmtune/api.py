@@ -281,7 +281,7 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
         return
     found = Counter(
         type(m).__name__ for root in roots for m in root.modules()
-        if looks_like_norm(m, type(m)))
+        if looks_like_norm(m))
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
@@ -337,7 +337,7 @@ def _kind(conv: nn.Module) -> ConvKind:
 
 
 def _eps(norm: nn.Module) -> float:
-    kind = norm_kind(norm, type(norm))
+    kind = norm_kind(norm)
     assert kind is not None, 'a match has a known normalization'
     return kind.eps(norm)
 
@@ -369,7 +369,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        kind = norm_kind(norm, type(norm))
+        kind = norm_kind(norm)
         assert kind is not None, 'a match has a known normalization'
         if block not in states:
             states[block] = BlockState()

@@ -177,18 +177,18 @@ def attach(module: nn.Module,
     })
 
 
-def heal(module: nn.Module, overrides: dict[str, type[Override]]) -> None:
-    """Put methods back that somebody replaced and took away again.
+def heal(module: nn.Module, name: str, override: type[Override]) -> None:
+    """Put a method back that somebody replaced and took away again.
 
     As MMCV's ConvModule does with its option ``efficient_conv_bn_eval``.
 
     Args:
         module (nn.Module): What it has of its own stays.
-        overrides (dict[str, type[Override]]): Methods by name.
+        name (str): Name of the method.
+        override (type[Override]): The method.
     """
     if not torch.compiler.is_compiling():
-        for name, override in overrides.items():
-            vars(module).setdefault(name, override(module, name))
+        vars(module).setdefault(name, override(module, name))
 
 
 def run_last(module: nn.Module, hook: Hook) -> None:

@@ -348,7 +348,7 @@ def call_conv(conv: nn.Module, args: tuple,
         if kwargs:
             args, kwargs = _positional(conv, args, kwargs)
     if type(own.get('forward')) is not ConvForward:
-        heal(conv, dict(forward=ConvForward))
+        heal(conv, 'forward', ConvForward)
         return args, kwargs
     output = None
     state = own.get('_tune_conv')
@@ -498,9 +498,9 @@ class NormState(_LayerState):
             stock modules have to run.
         """
         conv, kind = deferred.conv, deferred.kind
-        weight, bias, mean, var = self.kind.tensors(norm)
+        own = weight, bias, mean, var = self.kind.tensors(norm)
         coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
-        if not _can_fold(norm, deferred, mean, var, coeff_shape):
+        if not _can_fold(norm, deferred, own, coeff_shape):
             return None
         conv_state = vars(conv).get('_tune_conv')
         if conv_state is not None:
@@ -550,10 +550,11 @@ def _fits_half(weight: Tensor, bias: Tensor) -> bool:
             and (largest == 0 or low <= largest <= high))
 
 
-def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
-              var: Tensor | None, coeff_shape: tuple[int, ...]) -> bool:
+def _can_fold(norm: nn.Module, deferred: Any, own: tuple[Tensor | None, ...],
+              coeff_shape: tuple[int, ...]) -> bool:
     """Whether the stock pair takes this input, as one affine map."""
     kind = norm._tune_norm.kind
+    *_, mean, var = own
     x, weight = deferred.inputs[0], deferred.weight
     if (mean is None or var is None or not kind.is_fixed(norm)
             or not deferred.foldable()
@@ -572,9 +573,7 @@ def _can_fold(norm: nn.Module, deferred: Any, mean: Tensor | None,
             and _convolved_dtype(bias, autocast_dtype) != output_dtype):
         return False
     norm_dtype = var.dtype
-    weight, bias, _, _ = kind.tensors(norm)
-    if any(t is not None and t.dtype != norm_dtype
-           for t in (mean, weight, bias)):
+    if any(t is not None and t.dtype != norm_dtype for t in own):
         return False
     if norm_dtype != output_dtype and not (
             kind.takes_half and norm_dtype == torch.float32
@@ -606,7 +605,7 @@ def call_norm(norm: nn.Module, args: tuple,
     if state is None:
         return settle(args), settle(kwargs)
     if type(vars(norm).get('forward')) is not Forward:
-        heal(norm, dict(forward=Forward))
+        heal(norm, 'forward', Forward)
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
         return args, kwargs

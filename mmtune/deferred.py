@@ -170,7 +170,7 @@ class _Deferred:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _OF_ITS_GRADIENT:
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, _Deferred) and value.folded:
+                if is_deferred(value) and value.folded:
                     raise RuntimeError(
                         f'The gradient of the output of {value.conv_name!r} '
                         'was asked for, which is not computed once its '
@@ -259,7 +259,7 @@ def defer(name: str, conv: nn.Module, kind: ConvKind, inputs: tuple) -> Any:
 
 def is_deferred(value: Any) -> bool:
     """Whether a value is what :func:`defer` returns."""
-    return type(value) is DeferredConv or type(value) is CompiledDeferredConv
+    return isinstance(value, _Deferred)
 
 
 def inside_autograd_function() -> bool:
@@ -315,7 +315,7 @@ def settle(value: Any) -> Any:
     Returns:
         The value itself where it holds no promise.
     """
-    if isinstance(value, _Deferred):
+    if is_deferred(value):
         return value.tensor()
     if isinstance(value, (tuple, list)):
         settled = [settle(item) for item in value]

@@ -90,7 +90,7 @@ def forget_probes() -> None:
     _PROBES.clear()
 
 
-def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
+def frozen(norm: nn.Module) -> Frozen | str | None:
     """Find out whether a module is a frozen normalization.
 
     Its forward runs on a copy, on the CPU and in float64, whatever the
@@ -98,7 +98,6 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
 
     Args:
         norm (nn.Module): The module; is not changed.
-        norm_type (type): Its class, or the one to take for it.
 
     Returns:
         Frozen | str | None: A reason where it has the buffers of one but is
@@ -106,6 +105,7 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
     """
     if not _has_the_buffers(norm):
         return None
+    norm_type: Any = type(norm)
     name = norm_type.__name__
     if isinstance(norm, torch.jit.ScriptModule):
         return f'the code of this {name} was generated for this instance'
@@ -130,7 +130,7 @@ def frozen(norm: nn.Module, norm_type: Any) -> Frozen | str | None:
     key = (norm_type, norm_type.forward, norm.running_mean.numel(),
            repr(attributes), tuple(norm._buffers))
     if key not in _PROBES:
-        _PROBES[key] = _Probe(norm, norm_type).result()
+        _PROBES[key] = _Probe(norm).result()
     return _PROBES[key]
 
 
@@ -162,15 +162,13 @@ class _Probe:
 
     Args:
         norm (nn.Module): Gives all but the tensors.
-        norm_type (type): Gives the forward.
     """
 
-    def __init__(self, norm: nn.Module, norm_type: Any) -> None:
-        self.norm_type = norm_type
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm_type: Any = type(norm)
         self.attributes = copy.deepcopy(_attributes(norm))
         self.channels = norm.running_mean.numel()
         self.norm = bare_copy(norm)
-        self.norm.__class__ = norm_type
         # A forward may append to a list.
         vars(self.norm).update(copy.deepcopy(self.attributes))
         self.counts = 'num_batches_tracked' in norm._buffers

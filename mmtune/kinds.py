@@ -621,7 +621,7 @@ def conv_kind(conv_type: type) -> ConvKind | None:
     return kind if same else None
 
 
-def norm_kind(norm: nn.Module, norm_type: type) -> NormKind | None:
+def norm_kind(norm: nn.Module) -> NormKind | None:
     """Look up the kind of a normalization.
 
     Subclasses count as for :func:`conv_kind`. A ``FrozenBatchNorm2d`` needs
@@ -629,14 +629,14 @@ def norm_kind(norm: nn.Module, norm_type: type) -> NormKind | None:
 
     Args:
         norm (nn.Module): The module.
-        norm_type (type): Its class, or the one to take for it.
 
     Returns:
         NormKind | None: None for anything that must run as it is.
     """
+    norm_type = type(norm)
     kind, known = _known(norm_type, NORM_KINDS)
     if kind is None:
-        found = frozen(norm, norm_type)
+        found = frozen(norm)
         return _FrozenNorm(found) if isinstance(found, Frozen) else None
     same = _same_code(norm_type, known, '__call__', 'forward')
     return kind if same and not _checks_input(norm_type) else None
@@ -746,12 +746,11 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
-def looks_like_norm(module: nn.Module, cls: type) -> bool:
+def looks_like_norm(module: nn.Module) -> bool:
     """Whether a module is some normalization, be it of a known kind or not.
 
     Args:
         module (nn.Module): The module.
-        cls (type): Its class, or the one to take for it.
 
     Returns:
         bool: False for what only holds normalizations or convolutions.
@@ -759,7 +758,7 @@ def looks_like_norm(module: nn.Module, cls: type) -> bool:
     if isinstance(module, (nn.modules.batchnorm._NormBase, *_OF_THE_INPUT)):
         return True
     if (looks_like_conv(module) or isinstance(module, nn.Identity)
-            or cls.__module__ == 'torch.nn.utils.parametrizations'):
+            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
         return False
     own = _own_tensors(module)
     if {'running_mean', 'running_var'} <= own.keys():
@@ -767,27 +766,28 @@ def looks_like_norm(module: nn.Module, cls: type) -> bool:
     # A scale and a shift of each channel, as an AffineChannel has.
     affine = (own.keys() == {'weight', 'bias'}
               and own['weight'].dim() == own['bias'].dim() == 1)
-    return (affine or _NORM_NAME.search(cls.__name__) is not None) and not any(
-        looks_like_conv(part) or looks_like_norm(part, type(part))
+    return (affine or _NORM_NAME.search(
+        type(module).__name__) is not None) and not any(
+        looks_like_conv(part) or looks_like_norm(part)
         for part in module.modules() if part is not module)
 
 
-def why_not_folded(norm: nn.Module, norm_type: type) -> str | None:
+def why_not_folded(norm: nn.Module) -> str | None:
     """Say why a normalization is never folded, whatever comes before it.
 
     Args:
         norm (nn.Module): What looks like one.
-        norm_type (type): Its class, or the one to take for it.
 
     Returns:
         str | None: The reason; None for one that may be folded.
     """
+    norm_type = type(norm)
     name = norm_type.__name__
     keeps = 'running_mean' in _own_tensors(norm)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         if _checks_input(norm_type):
             return f'{name} overrides `_check_input_dim`'
-        if norm_kind(norm, norm_type) is None:
+        if norm_kind(norm) is None:
             return f'{name} overrides the forward of BatchNorm'
         return None if keeps else 'the BN has no running statistics'
     if not keeps:
@@ -796,9 +796,9 @@ def why_not_folded(norm: nn.Module, norm_type: type) -> str | None:
             return (f'{name} computes its statistics from the batch at hand: '
                     'there is nothing to fold')
         return f'{name} keeps no running statistics that could be folded'
-    found = frozen(norm, norm_type)
+    found = frozen(norm)
     if isinstance(found, str):
         return found
-    if norm_kind(norm, norm_type) is None:
+    if norm_kind(norm) is None:
         return f'{name} is not a normalization that mmtune knows'
     return None

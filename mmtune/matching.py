@@ -98,13 +98,13 @@ def norms_of(module: nn.Module) -> list[nn.Module]:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or norm_kind(
-        module, type(module)) is not None
+        module) is not None
 
 
 def _is_held(norm: nn.Module) -> bool:
     """Whether train and eval mode differ for a normalization."""
     return isinstance(norm, _BatchNorm) or (
-        _is_norm(norm) and why_not_folded(norm, type(norm)) is None)
+        _is_norm(norm) and why_not_folded(norm) is None)
 
 
 def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
@@ -141,7 +141,7 @@ class _Search:
         self.norms = {
             m: None
             for root in roots for m in root.modules()
-            if _is_norm(m) or looks_like_norm(m, type(m))
+            if _is_norm(m) or looks_like_norm(m)
         }
         # By block, convolution and norm: what the block calls the two, and
         # whether there was only one way.
@@ -194,7 +194,7 @@ class _Search:
                 continue
             conv, reason = self.reasons.get(
                 norm, (None, 'no traced forward calls it'))
-            never = why_not_folded(norm, type(norm))
+            never = why_not_folded(norm)
             left_out.append(
                 LeftOut(self.names[norm], None if conv is None else
                         self.names[conv], never or reason, _is_held(norm)))
@@ -280,7 +280,7 @@ def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
     module = block.get_submodule(node.target)
     return not has_hooks(module) and (
         conv_kind(type(module)) is not None
-        or norm_kind(module, type(module)) is not None)
+        or norm_kind(module) is not None)
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
@@ -298,7 +298,7 @@ def _why_stock(layer: nn.Module) -> str:
         if overridden(layer, name):
             return (f'`{name}` of the {type(layer).__name__} is replaced on '
                     'the instance')
-    kind = conv_kind(type(layer)) or norm_kind(layer, type(layer))
+    kind = conv_kind(type(layer)) or norm_kind(layer)
     assert kind is not None, 'a pair has known layers'
     function = patched(type(layer), kind)
     return '' if function is None else f'`{function}` is replaced'
@@ -307,7 +307,7 @@ def _why_stock(layer: nn.Module) -> str:
 def _unfit_norm(norm: nn.Module) -> str | None:
     if overridden(norm, 'forward'):
         return "the BN's forward is replaced on the instance"
-    return why_not_folded(norm, type(norm))
+    return why_not_folded(norm)
 
 
 def _unfit(conv: nn.Module, norm: nn.Module) -> str | None:

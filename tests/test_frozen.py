@@ -312,7 +312,7 @@ def test_folded_where_it_is_the_formula(build, eps, train, x):
     model = with_norm(build, train)
     stock = stock_copy(model)
     norm = model[1]
-    assert frozen(norm, type(norm)).eps == eps
+    assert frozen(norm).eps == eps
     assert not turn_on(model).left_out
     for _ in range(2):
         assert_equal_steps(step(stock, x), step(model, x))
@@ -460,7 +460,7 @@ STATES = {
 def test_found_whatever_the_caller_has_set(context, change, build):
     norm = change(build())
     with context():
-        assert isinstance(frozen(norm, type(norm)), Frozen)
+        assert isinstance(frozen(norm), Frozen)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
@@ -469,7 +469,7 @@ def test_found_whatever_the_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try:
         norm = Torchvision(eps=1e-5)
-        assert isinstance(frozen(norm, Torchvision), Frozen)
+        assert isinstance(frozen(norm), Frozen)
     finally:
         torch.set_default_dtype(before)
 

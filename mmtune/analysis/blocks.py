@@ -99,7 +99,7 @@ def list_blocks(model: nn.Module, report: Report) -> list[Block]:
     blocks = []
     for row in report.rows:
         norm = _unfolded(model, row.bn)
-        kind = norm_kind(norm, type(norm))
+        kind = norm_kind(norm)
         conv = None if row.conv is None else model.get_submodule(row.conv)
         blocks.append(
             Block(

@@ -91,7 +91,7 @@ def block_scales(model: nn.Module, report: Report) -> list[BlockScale]:
         if block.mode == 'stock':
             continue
         norm = model.get_submodule(block.bn)
-        kind = norm_kind(norm, type(norm))
+        kind = norm_kind(norm)
         assert kind is not None and block.conv is not None, 'in a block'
         weight, _, mean, var = kind.tensors(norm)
         assert mean is not None and var is not None, 'in a block'
