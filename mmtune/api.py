@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mmtune.activations import attach_activations, find_activations
 from mmtune.attach import detach, has_hooks
 from mmtune.behaviours import attach_conv, attach_norm
 from mmtune.buffers import ConvBuffers
@@ -49,7 +50,8 @@ class FoldedNorm(nn.Identity):
 def turn_on(model: nn.Module,
             mode: str = 'Tune',
             modules: str | Sequence[str] | None = None,
-            norm_eval: bool | None = None) -> Report:
+            norm_eval: bool | None = None,
+            activations: bool = True) -> Report:
     """Put the Conv+BN blocks of a model into a mode, in place.
 
     ======  ==============================  ==============================
@@ -64,6 +66,10 @@ def turn_on(model: nn.Module,
     (arXiv 2305.11624, Table 1.) Tune gives the outputs and gradients of
     Eval. A block whose BatchNorm is in train mode at some call runs that
     call as stock, as does anything that cannot be folded.
+
+    Beyond the paper, Tune mode has activations keep one feature map with
+    whoever reads their output, whatever their neighbours are (see
+    :mod:`mmtune.activations`).
 
     Parameters keep their identity; names, state_dict and ``isinstance`` stay
     stock in every mode but Deploy. A second call on the same modules
@@ -80,27 +86,35 @@ def turn_on(model: nn.Module,
             modules in eval mode, through later ``model.train()`` calls too.
             Modes ``'Eval'`` and ``'Train'`` hold them in any case. Defaults
             to None, the same as False: BatchNorms obey ``train()``.
+        activations (bool): Whether activations keep one map in mode
+            ``'Tune'``; in others they are stock. Defaults to True.
 
     Returns:
-        Report: A row for every block, and for every normalization left out.
+        Report: A row for every block, and for every normalization left out;
+        and the activations that are to keep one map.
 
     Raises:
         TypeError: If ``model`` is no module, or ``modules`` no names.
         ValueError: If ``mode`` is not one of the four, a name in ``modules``
-            does not exist, ``norm_eval`` contradicts ``mode``, or there is
-            nothing to put into that mode. The model is then as it was.
+            does not exist, ``norm_eval`` contradicts ``mode``,
+            ``activations`` is no bool, or there is nothing to put into that
+            mode. The model is then as it was.
         RuntimeError: If blocks of the model are in Deploy mode already.
     """
     _check_module(model)
     mode = _check_mode(mode)
     hold = _check_norm_eval(mode, norm_eval)
+    _check_activations(activations)
     roots = select(model, modules)
     for root in roots:
         _check_not_deployed(root)
     matches = find_pairs(model, roots)
     if mode == 'Deploy':
         matches = _fit_for_good(model, matches)
-    _check_not_empty(mode, roots, matches)
+    found = {}
+    if mode == 'Tune' and activations:
+        found = find_activations(model, roots)
+    _check_not_empty(mode, roots, matches, bool(found))
 
     for root in roots:
         _release(root)
@@ -109,9 +123,10 @@ def turn_on(model: nn.Module,
             hold_norms(root, norms_of(root), hold)
     if mode == 'Tune':
         _tune(model, matches)
+        attach_activations(roots, list(found.values()))
     elif mode == 'Deploy':
         _deploy(model, matches)
-    return make_report(model, mode, matches)
+    return make_report(model, mode, matches, list(found))
 
 
 def turn_off(model: nn.Module) -> None:
@@ -221,6 +236,12 @@ def _check_norm_eval(mode: str, norm_eval: bool | None) -> bool | None:
     return False if mode == 'Eval' or norm_eval else None
 
 
+def _check_activations(activations: bool) -> None:
+    if not isinstance(activations, bool):
+        raise ValueError('`activations` must be True or False, but got '
+                         f'{activations!r}')
+
+
 def select(model: nn.Module,
            modules: str | Sequence[str] | None) -> list[nn.Module]:
     """Look up what the argument ``modules`` of :func:`turn_on` names.
@@ -273,8 +294,8 @@ def _check_not_deployed(model: nn.Module) -> None:
 
 
 def _check_not_empty(mode: str, roots: list[nn.Module],
-                     matches: Matches) -> None:
-    if matches.pairs:
+                     matches: Matches, has_activations: bool) -> None:
+    if matches.pairs or has_activations:
         return
     if mode in ('Train', 'Eval') and any(
             left.held for left in matches.left_out):
@@ -418,13 +439,17 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
 
 
-def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
+def make_report(model: nn.Module,
+                mode: str,
+                matches: Matches,
+                activations: Sequence[str] = ()) -> Report:
     """Write down the rows of a report.
 
     Args:
         model (nn.Module): In the mode already.
         mode (str): The mode.
         matches (Matches): The pairs in it, and what is left out.
+        activations (Sequence[str]): Names of those that are to keep one map.
 
     Returns:
         Report: See :func:`turn_on`.
@@ -446,4 +471,4 @@ def make_report(model: nn.Module, mode: str, matches: Matches) -> Report:
         norms = [model.get_submodule(norm) for _, norm in pairs]
         in_train_mode = sum(not norm._tune_norm.kind.is_fixed(norm)
                             for norm in norms)
-    return Report(mode, rows, in_train_mode)
+    return Report(mode, rows, in_train_mode, list(activations))

@@ -121,6 +121,10 @@ class Override(_Unscriptable):
         return type(self), (self.module, self.name)
 
 
+# What of its own a module in Tune mode has.
+_TUNED = {'_tune_activation', '_tune_conv', '_tune_norm'}
+
+
 class TunedRepr(Override):
     """Marks a module in ``print(model)``."""
 
@@ -128,7 +132,7 @@ class TunedRepr(Override):
         """See ``nn.Module.extra_repr``."""
         own = vars(self.module)
         text = self.stock()
-        if '_tune_conv' in own or '_tune_norm' in own:
+        if own.keys() & _TUNED:
             text += ', tune=True'
         if '_tune_held' in own:
             held = 'norm_train' if own['_tune_held'].training else 'norm_eval'

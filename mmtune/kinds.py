@@ -26,13 +26,14 @@ from mmtune.frozen import Frozen, frozen, still_is
 from mmtune.functional import Convolution, LinearMap, Product
 
 __all__ = [
-    'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'NormKind', 'conv_kind',
-    'looks_like_conv', 'looks_like_norm', 'methods_of', 'norm_kind',
-    'parameter', 'patched', 'why_not_folded'
+    'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'LayerKind', 'NormKind',
+    'conv_kind', 'known_kind', 'looks_like_conv', 'looks_like_norm',
+    'methods_of', 'norm_kind', 'parameter', 'patched', 'same_code',
+    'why_not_folded'
 ]
 
-class _Kind:
-    """What kinds of convolutions and of normalizations have in common.
+class LayerKind:
+    """What kinds of convolutions, normalizations and others share.
 
     Attributes:
         methods (tuple[str, ...]): What a layer's call runs of its class.
@@ -103,7 +104,7 @@ def parameter(layer: nn.Module, name: str) -> Any:
     return getattr(layer, name, None)
 
 
-class ConvKind(_Kind):
+class ConvKind(LayerKind):
     """Any layer whose output is linear in its weight, channel by channel.
 
     That is to say: multiplying ``weight[c]`` and ``bias[c]`` by a number
@@ -185,7 +186,7 @@ class ConvKind(_Kind):
             Tensor: Shape (batch, out_channels, ...).
         """
         layer = bare_copy(conv)
-        known: Any = _known(type(conv), CONV_KINDS)[1]
+        known: Any = known_kind(type(conv), CONV_KINDS)[1]
         # Without a parametrization of the weight.
         layer.__class__ = known
         vars(layer).update(
@@ -415,7 +416,7 @@ _LIBRARIES = ('torch', 'mmcv', 'mmdet', 'mmengine')
 _TENSORS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
 
 
-class NormKind(_Kind):
+class NormKind(LayerKind):
     """A normalization by statistics that it keeps (``nn.BatchNorm2d``).
 
     Where its statistics are fixed it computes
@@ -593,7 +594,7 @@ NORM_KINDS: dict[str, NormKind] = {
     'mmcv.ops.sync_bn.SyncBatchNorm': _SyncBatchNormOfMMCV(),
 }
 
-Kind = TypeVar('Kind', ConvKind, NormKind)
+Kind = TypeVar('Kind', bound=LayerKind)
 
 
 @functools.cache
@@ -615,8 +616,8 @@ def conv_kind(conv_type: type) -> ConvKind | None:
     Returns:
         ConvKind | None: None for anything that must run as it is.
     """
-    kind, known = _known(conv_type, CONV_KINDS)
-    same = _same_code(conv_type, known, '__call__', 'forward',
+    kind, known = known_kind(conv_type, CONV_KINDS)
+    same = same_code(conv_type, known, '__call__', 'forward',
                       '_conv_forward', '_output_padding', '_get_weight')
     return kind if same else None
 
@@ -634,11 +635,11 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
         NormKind | None: None for anything that must run as it is.
     """
     norm_type = type(norm)
-    kind, known = _known(norm_type, NORM_KINDS)
+    kind, known = known_kind(norm_type, NORM_KINDS)
     if kind is None:
         found = frozen(norm)
         return _FrozenNorm(found) if isinstance(found, Frozen) else None
-    same = _same_code(norm_type, known, '__call__', 'forward')
+    same = same_code(norm_type, known, '__call__', 'forward')
     return kind if same and not _checks_input(norm_type) else None
 
 
@@ -649,7 +650,7 @@ def _checks_input(norm_type: type) -> bool:
     return owner.__module__.partition('.')[0] not in _LIBRARIES
 
 
-def _known(cls: type,
+def known_kind(cls: type,
            kinds: dict[str, Kind]) -> tuple[Kind | None, type | None]:
     """The nearest class with a kind that a class derives from."""
     for known in cls.__mro__:
@@ -659,18 +660,18 @@ def _known(cls: type,
     return None, None
 
 
-def _same_code(cls: type, known: type | None, *names: str) -> bool:
+def same_code(cls: type, known: type | None, *names: str) -> bool:
     return all(
         getattr(cls, name, None) is getattr(known, name, None)
         for name in names)
 
 
-def patched(layer_type: type, kind: ConvKind | NormKind) -> str | None:
+def patched(layer_type: type, kind: LayerKind) -> str | None:
     """Look for code that somebody put in the place of a library's own.
 
     Args:
         layer_type (type): Class of a layer.
-        kind (ConvKind | NormKind): Its kind.
+        kind (LayerKind): Its kind.
 
     Returns:
         str | None: Name of the method or function, None where all is the

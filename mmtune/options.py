@@ -5,7 +5,7 @@ from typing import Any
 __all__ = ['CONFIG_KEY', 'OPTIONS', 'merge_options']
 
 CONFIG_KEY = 'efficient_conv_bn_eval'
-OPTIONS = ('modules', 'mode', 'norm_eval', 'begin')
+OPTIONS = ('modules', 'mode', 'norm_eval', 'activations', 'begin')
 
 
 def merge_options(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,11 +35,14 @@ class Report:
         rows (list[Row]): In the order of the model's forwards.
         in_train_mode (int): How many of the blocks in Tune mode have their
             BatchNorm in train mode at this moment, where they run as stock.
+        activations (list[str]): Names of the activations that are to keep
+            one map.
     """
 
     mode: str
     rows: list[Row] = field(default_factory=list)
     in_train_mode: int = 0
+    activations: list[str] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Row]:
@@ -59,6 +62,10 @@ class Report:
             text += (f', {self.in_train_mode} of them with their BatchNorm in '
                      'train mode now, which runs as stock (norm_eval=True '
                      'holds it in eval mode)')
+        if self.activations:
+            count = len(self.activations)
+            text += (f'; {count} activation{"s" * (count != 1)} to keep one '
+                     'map, and none that is called as a function')
         reasons = Counter(row.reason for row in self.left_out)
         for reason, count in reasons.most_common():
             text += f'; {count} left out: {reason}'

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmtune.saved import observer
+
 __all__ = [
     'PeakBytes', 'SavedBytes', 'peak_bytes', 'peak_on', 'saved_bytes'
 ]
@@ -49,6 +51,7 @@ class SavedBytes:
         return sum(size for storage, size in sizes.items()
                    if storage not in self._own)
 
+    @observer
     def _pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
         self._saved.add(saved)
