@@ -21,12 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from mmtune.attach import Hook, Override, TunedRepr, attach, overridden
 from mmtune.kinds import LayerKind, known_kind, patched, same_code
 from mmtune.runs import thread
-from mmtune.saved import Call, add_spared, attach_scope, current_scope
+from mmtune.saved import (
+    Call,
+    add_spared,
+    attach_scope,
+    current_scope,
+)
 
 __all__ = [
     'ACTIVATION_KINDS', 'ActivationKind', 'activation_kind',
@@ -42,33 +46,45 @@ class ActivationKind(LayerKind):
             where somebody has replaced it, the activation runs as stock.
     """
 
+    # Whether a node of its own runs in the place of the stock forward, and
+    # whether that keeps the output, so that nothing is made anew.
+    has_node = False
+    keeps_output = False
+
     def __init__(self, *functions: str) -> None:
         self.functions = functions
 
-    def attach(self, state: 'ActivationState', module: nn.Module) -> None:
-        """Give an activation what it does differently.
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run the node, where there is one.
 
         Args:
-            state (ActivationState): Of the activation.
-            module (nn.Module): The activation.
+            module (nn.Module): An activation of this kind.
+            x (Tensor): Its input, which needs a gradient.
+
+        Returns:
+            Tensor: What the stock forward gives.
         """
-        attach(
-            module,
-            begin_call,
-            end_call,
-            overrides=dict(extra_repr=TunedRepr),
-            _tune_activation=state)
+        raise NotImplementedError
 
 
 class _Clamp(ActivationKind):
     """``nn.Hardtanh``, ``nn.ReLU6``: the gradient follows from the output."""
 
-    def attach(self, state, module):
-        attach(
-            module,
-            note_call,
-            overrides=dict(forward=ClampForward, extra_repr=TunedRepr),
-            _tune_activation=state)
+    has_node = keeps_output = True
+
+    def run(self, module, x):
+        return ClampFunction.apply(x, module.min_val, module.max_val,
+                                   module.inplace)
+
+
+class _Swish(ActivationKind):
+    """MMCV's ``Swish``, of which autograd keeps the sigmoid as well."""
+
+    has_node = True
+    operators = ('sigmoid', )
+
+    def run(self, module, x):
+        return SwishFunction.apply(x)
 
 
 _TORCH = 'torch.nn.modules.activation'
@@ -93,7 +109,7 @@ ACTIVATION_KINDS: dict[str, ActivationKind] = {
     'mmcv.cnn.bricks.activation.Clamp': ActivationKind(),
     'mmcv.cnn.bricks.hsigmoid.HSigmoid': ActivationKind(),
     'mmcv.cnn.bricks.hswish.HSwish': ActivationKind(),
-    'mmcv.cnn.bricks.swish.Swish': ActivationKind(),
+    'mmcv.cnn.bricks.swish.Swish': _Swish(),
 }
 
 
@@ -136,57 +152,45 @@ class ActivationState:
         return self.code == self.kind.code(type(module)) and not overridden(
             module, 'forward')
 
+    def run(self, module: nn.Module, x: Tensor) -> Any:
+        """Run the activation, and drop what can be made anew.
 
-# --------------------------------------------------------------------------
-# Those that keep their input
-# --------------------------------------------------------------------------
+        Args:
+            module (nn.Module): The activation.
+            x (Tensor): Its input, which needs a gradient.
 
-
-@Hook
-def begin_call(module: nn.Module,
-               args: tuple,
-               kwargs: dict | None = None) -> None:
-    """Forward pre-hook: collect what the activation keeps."""
-    scope = current_scope()
-    # An activation within an activation is a part of it.
-    if scope is None or scope.call is not None or kwargs != {}:
-        return
-    state = vars(module).get('_tune_activation')
-    if (state is not None and len(args) == 1 and _needs_gradient(args[0])
-            and state.is_stock(module)
-            # Another's may have changed the output before it is seen here.
-            and len(module._forward_hooks) == 1
-            and not _has_any_global_hook()):
-        scope.call = Call(scope, module, args[0])
-
-
-@Hook
-def end_call(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook: drop what can be made anew."""
-    state = vars(module).get('_tune_activation')
-    if state is None or torch.compiler.is_compiling():
-        return
-    scope = current_scope()
-    call = None if scope is None else scope.call
-    if call is None or call.module is not module:
-        state.ran = 'stock'
-        return
-    scope.call = None
-    state.ran = 'one map' if call.finish(args, output) else 'stock'
-
-
-def _needs_gradient(x: Any) -> bool:
-    return (type(x) is Tensor and x.requires_grad and torch.is_grad_enabled()
-            and x.layout == torch.strided)
+        Returns:
+            Tensor: Its output.
+        """
+        forward = type(module).forward
+        if self.kind.has_node and _takes_node(module, x):
+            forward = self.kind.run
+            add_spared(x.nbytes)
+            if self.kind.keeps_output:
+                self.ran = 'one map'
+                return forward(module, x)
+        scope = current_scope()
+        # An activation within an activation is a part of it.
+        if scope is None or scope.call is not None:
+            return forward(module, x)
+        scope.call = call = Call(scope, module, x)
+        try:
+            output = forward(module, x)
+        except BaseException:
+            call.finish(None)
+            raise
+        if call.finish(output):
+            self.ran = 'one map'
+        return output
 
 
 # --------------------------------------------------------------------------
-# Those that keep their output
+# Nodes of autograd
 # --------------------------------------------------------------------------
 
 
-class _FromOutput(torch.autograd.Function):
-    """``hardtanh`` that keeps its output."""
+class ClampFunction(torch.autograd.Function):
+    """``hardtanh`` that keeps its output, and clones nothing in place."""
 
     @staticmethod
     def forward(ctx, x, low, high, inplace):
@@ -204,21 +208,42 @@ class _FromOutput(torch.autograd.Function):
                                                 *ctx.range), None, None, None
 
 
+class SwishFunction(torch.autograd.Function):
+    """``x * sigmoid(x)`` that keeps ``x`` alone, with the bits of stock."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(grad, x)
+        sigmoid = torch.sigmoid(x)
+        return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
+# --------------------------------------------------------------------------
+# A call
+# --------------------------------------------------------------------------
+
 # By thread, the activation that runs next, be it a copy of another.
 _CALLED: dict[int, nn.Module] = {}
 
 
 @Hook
-def note_call(module: nn.Module,
-              args: tuple,
-              kwargs: dict | None = None) -> None:
+def note_called(module: nn.Module,
+                args: tuple,
+                kwargs: dict | None = None) -> None:
     """Forward pre-hook: note which module runs."""
     if not torch.compiler.is_compiling():
         _CALLED[thread()] = module
 
 
-class ClampForward(Override):
-    """Runs :class:`_FromOutput` where that is all that happens."""
+class ActivationForward(Override):
+    """Runs an activation so that one map is kept, where that is sure."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -227,26 +252,37 @@ class ClampForward(Override):
         if module is None or vars(module).get('forward') is not self:
             return self.stock(*args, **kwargs)
         state = vars(module).get('_tune_activation')
-        if (state is None or kwargs or len(args) != 1
-                or not _takes_function(args[0], module.inplace)
-                or not state.is_stock(module)):
-            if state is not None:
-                state.ran = 'stock'
-            return type(module).forward(module, *args, **kwargs)
-        state.ran = 'one map'
-        add_spared(args[0].nbytes)
-        return _FromOutput.apply(args[0], module.min_val, module.max_val,
-                                 module.inplace)
+        if state is not None:
+            state.ran = 'stock'
+            if (len(args) == 1 and not kwargs and _needs_gradient(args[0])
+                    and state.is_stock(module)):
+                return state.run(module, args[0])
+        return type(module).forward(module, *args, **kwargs)
 
 
-def _takes_function(x: Any, inplace: bool) -> bool:
-    """Whether a function in Python may run in the place of an operator."""
-    return (_needs_gradient(x)
-            and not (inplace and (x.is_leaf or x._is_view()))
-            and not torch._C._are_functorch_transforms_active()
+def _needs_gradient(x: Any) -> bool:
+    return (type(x) is Tensor and x.requires_grad and torch.is_grad_enabled()
+            and x.layout == torch.strided)
+
+
+def _takes_node(module: nn.Module, x: Tensor) -> bool:
+    """Whether a node may run in the place of an operator."""
+    if getattr(module, 'inplace', False) and (x.is_leaf or x._is_view()):
+        return False
+    return (not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and torch._C._get_tracing_state() is None
             and not torch._C._len_torch_function_stack())
+
+
+def _attach(module: nn.Module) -> None:
+    kind = activation_kind(module)
+    assert kind is not None, 'found for its kind'
+    attach(
+        module,
+        note_called,
+        overrides=dict(forward=ActivationForward, extra_repr=TunedRepr),
+        _tune_activation=ActivationState(kind, module))
 
 
 # --------------------------------------------------------------------------
@@ -283,12 +319,11 @@ def attach_activations(roots: Sequence[nn.Module],
         activations (Sequence[nn.Module]): From :func:`find_activations`.
     """
     for module in activations:
-        kind = activation_kind(module)
-        assert kind is not None, 'found for its kind'
-        kind.attach(ActivationState(kind, module), module)
+        _attach(module)
     own = {*activations}
     for root in roots:
-        for module in root.modules():
+        # Many run a backbone or a head by itself.
+        for module in (root, *root.children()):
             if module not in own and not own.isdisjoint(module.modules()):
                 attach_scope(module)
 

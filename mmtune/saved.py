@@ -77,11 +77,6 @@ def _check_version(tensor: Tensor, version: int) -> None:
             f'{tensor._version}; expected version {version} instead')
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    # An output that was kept with its history would keep itself alive.
-    return tensor if tensor.grad_fn is None else tensor.detach()
-
-
 # --------------------------------------------------------------------------
 # A call of an activation
 # --------------------------------------------------------------------------
@@ -104,8 +99,8 @@ class _Piece:
     def __init__(self, index: int, tensor: Tensor) -> None:
         self.call: Call | None = None
         self.index = index
-        self.computed = tensor.grad_fn is not None
-        self.kept: Any = _detached(tensor)
+        self.computed = not tensor.is_leaf
+        self.kept: Any = tensor.detach() if self.computed else tensor
         self.version = tensor._version
 
 
@@ -148,22 +143,22 @@ class Call:
         self.pieces.append(piece)
         return piece
 
-    def finish(self, args: tuple, output: Any) -> bool:
+    def finish(self, output: Any) -> bool:
         """Drop what can be made anew.
 
         Args:
-            args (tuple): What the activation really was called with.
-            output: What it returned.
+            output: What the activation returned.
 
         Returns:
             bool: Whether its output and what its nodes keep are made anew in
             backward; else they are kept as in stock.
         """
+        self.scope.call = None
         module, x, pieces = self.module, self.x, self.pieces
         # They would keep the graph alive, which holds the call.
         self.module, self.x, self.pieces = None, None, []
         source = None
-        if len(args) == 1 and args[0] is x and _is_result(output):
+        if _is_result(output):
             source = self._source(x, pieces, output)
         for piece in pieces:
             if (source is not None and piece.computed
@@ -178,10 +173,11 @@ class Call:
             piece.call = self
         self.drops = any(piece.kept is None for piece in pieces)
         self.y, self.version = self.scope.keep(source), source._version
-        copied = bare_copy(module)
+        # What it is set to now, later may be another thing.
+        self.layer = object.__new__(type(module))
+        vars(self.layer).update(vars(module))
         if output is x:
-            vars(copied)['inplace'] = False
-        self.run = functools.partial(type(module).forward, copied)
+            vars(self.layer)['inplace'] = False
         self.output_ref = weakref.ref(output)
         self.output_version = output._version
         self.token: Tensor | None = None
@@ -254,9 +250,10 @@ class Call:
         y = self.scope.give(self.y)
         _check_version(y, self.version)
         saved: list[Tensor] = []
+        layer = bare_copy(self.layer)
 
         def pack(tensor: Tensor) -> Tensor:
-            saved.append(_detached(tensor))
+            saved.append(tensor.detach())
             return saved[-1]
 
         with contextlib.ExitStack() as stack:
@@ -269,10 +266,11 @@ class Call:
             if self.drops:
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(saved_tensors_hooks(pack, _same))
-                output = self.run(y.detach().requires_grad_()).detach()
+                output = layer.forward(
+                    y.detach().requires_grad_()).detach()
             else:
                 stack.enter_context(torch.no_grad())
-                output = self.run(y)
+                output = layer.forward(y)
         self.output, self.saved = output, saved
         if torch._C._current_graph_task_id() != -1:
             # Nothing else would end it where the graph is retained.
@@ -298,7 +296,8 @@ def _is_result(output: Any) -> bool:
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch._C._is_any_autocast_enabled()
+            and torch.is_autocast_enabled(device_type)):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -334,12 +333,15 @@ class Scope:
         """Pack hook: keep a tensor, or how to make it anew."""
         if self.call is not None:
             return self.call.collect(tensor)
-        call = _CALLS.get(id(tensor if tensor._base is None else tensor._base))
-        if call is not None:
-            reader = call.reader(tensor)
+        if not tensor.is_leaf:
+            base = tensor._base
+            call = _CALLS.get(id(tensor if base is None else base))
+            reader = None if call is None else call.reader(tensor)
             if reader is not None:
                 return reader
-        return self.keep(_detached(tensor)), tensor._version
+            # An output that is kept with its history keeps itself alive.
+            tensor = tensor.detach()
+        return self.keep(tensor), tensor._version
 
     def unpack(self, kept: Any) -> Tensor:
         """Unpack hook: give a tensor back, or make it."""
