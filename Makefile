@@ -33,7 +33,7 @@ lint: env
 docs: env
 	@.venv/bin/python requirements/install.py docs
 	.venv/bin/python -m sphinx --builder html --fail-on-warning --keep-going \
-	    --fresh-env --quiet docs/en docs/_build/html
+	    --fresh-env --quiet --conf-dir docs/en . docs/_build/html
 	@echo 'The first page is docs/_build/html/index.html.'
 
 # Builds the wheel and the source archive into dist/, and checks both.
