@@ -5,7 +5,6 @@ tables between the markers of the pages from the JSON files beside them. The
 tests check that what is committed is what this writes.
 """
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -241,14 +240,12 @@ def page(name: str) -> str:
     """
     text = (DOCS / name).read_text()
     for marker, write in TABLES[name].items():
-        text, count = re.subn(
-            f'(<!-- {marker} -->\n).*?(<!-- end of {marker} -->)',
-            lambda match: f'{match[1]}\n{write()}\n\n{match[2]}',
-            text,
-            flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f'{name} needs one place marked {marker!r}, but '
-                             f'has {count}')
+        start, end = f'<!-- {marker} -->\n', f'<!-- end of {marker} -->'
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f'{name} needs one place between {start.strip()} '
+                             f'and {end}')
+        before, _, rest = text.partition(start)
+        text = f'{before}{start}\n{write()}\n\n{end}{rest.partition(end)[2]}'
     return text
 
 
