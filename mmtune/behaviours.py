@@ -34,7 +34,6 @@ from mmtune.attach import (
 )
 from mmtune.buffers import ConvBuffers, NamedBuffers
 from mmtune.deferred import (
-    fingerprint,
     inside_autograd_function,
     is_deferred,
     settle,
@@ -44,9 +43,7 @@ from mmtune.functional import (
     fold,
     fold_and_run_norm,
     native_node,
-    needs_gradient,
     norm_coefficients,
-    run_folded,
 )
 from mmtune.kinds import ConvKind, NormKind, conv_kind, methods_of, patched
 from mmtune.runs import BlockRun, runs, thread
@@ -116,8 +113,6 @@ class _LayerState:
             others were in their place when it was turned on.
         methods (frozenset[str]): What must not be replaced on the instance.
         is_on (bool): Whether it was not turned off.
-        keeps_fold (bool): Whether a fold that no gradient needs may serve
-            again.
     """
 
     def __init__(self, name: str, layer: nn.Module, kind: Any) -> None:
@@ -128,7 +123,6 @@ class _LayerState:
         self.code = None if patched(type(layer), kind) else kind.code(final)
         self.methods = methods_of(type(layer))
         self.is_on = True
-        self.keeps_fold = False
 
     def is_stock(self, layer: nn.Module) -> bool:
         """Whether a layer runs the code that it is known by."""
@@ -152,7 +146,6 @@ class ConvState(_LayerState):
             output channel multiplies the weight; None where it is not known.
         least_input (int): From how many elements of its input on the
             convolution is not small.
-        least_kept (int): The same where the fold costs nothing.
         deferred (bool): Whether the latest call that was not small deferred,
             or could have.
         stays_inside (bool): Whether an autograd function that called the
@@ -170,14 +163,9 @@ class ConvState(_LayerState):
         shape = kind.shape(conv)
         self.coeff_shape = None if 0 in shape else kind.coeff_shape(
             conv, shape)
-        self.least_input = _least_input(conv, kind, SMALL_SHARE)
-        self.least_kept = _least_input(conv, kind, 0)
+        self.least_input = _least_input(conv, kind)
         self.deferred = False
         self.stays_inside = False
-
-    def keep_folds(self, keeps: bool) -> None:
-        """Note whether a fold may cost nothing."""
-        self.keeps_fold = keeps
 
     def note_fold(self, norm: nn.Module, kind: NormKind,
                   coeff_shape: tuple[int, ...]) -> None:
@@ -191,9 +179,7 @@ class ConvState(_LayerState):
             # A fold is a few kernels there, and a question to the size another
             # graph.
             return False
-        kept = self.keeps_fold and not torch.is_grad_enabled()
-        least = self.least_kept if kept else self.least_input
-        return (isinstance(x, Tensor) and x.numel() < least
+        return (isinstance(x, Tensor) and x.numel() < self.least_input
                 and native_node(x, x) is None)
 
     def promise(self, conv: nn.Module, inputs: tuple) -> Any:
@@ -313,7 +299,7 @@ def _inside_transform() -> bool:
                         for mode in _get_current_function_mode_stack()))
 
 
-def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
+def _least_input(conv: nn.Module, kind: ConvKind) -> int:
     """From how many elements of its input on a convolution is not small.
 
     0 for one that does not know its channels yet.
@@ -321,7 +307,7 @@ def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
     weight_size = math.prod(kind.shape(conv))
     if weight_size == 0:
         return 0
-    map_size = max(SMALL_MAP, share * weight_size)
+    map_size = max(SMALL_MAP, SMALL_SHARE * weight_size)
     return math.ceil(map_size / kind.outputs_per_input(conv))
 
 
@@ -393,35 +379,6 @@ def attach_conv(name: str, conv: nn.Module, norm: nn.Module,
 # --------------------------------------------------------------------------
 
 
-class KeptFold:
-    """A fold that serves until what it was made from is changed.
-
-    Args:
-        made_from (tuple[Tensor | None]): Parameters and statistics.
-        eps (float): Of the normalization.
-        folded (tuple[Tensor, Tensor]): Weight and bias.
-        dtype (torch.dtype): What the convolution runs in.
-    """
-
-    def __init__(self, made_from: tuple[Tensor | None, ...], eps: float,
-                 folded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self.made_from = made_from
-        self.fingerprints = [fingerprint(t) for t in made_from]
-        self.eps = eps
-        self.folded = (folded[0].to(dtype), folded[1].to(dtype))
-
-    def serves(self, made_from: tuple[Tensor | None, ...], eps: float,
-               dtype: torch.dtype) -> bool:
-        """Whether it still is the fold of these."""
-        return (self.eps == eps and self.folded[0].dtype == dtype
-                and all(new is old
-                        for new, old in zip(made_from, self.made_from))
-                # Tensors that count no versions could have changed unseen.
-                and all(t is None or before[0] is not None
-                        for t, before in zip(made_from, self.fingerprints))
-                and self.fingerprints == [fingerprint(t) for t in made_from])
-
-
 class NormState(_LayerState):
     """State of a normalization that folds.
 
@@ -429,7 +386,6 @@ class NormState(_LayerState):
         ran (str, optional): How the latest forward ran: 'fused', 'stock',
             or 'train mode' (stock, with the statistics of the batch).
         why_stock (str, optional): Why the convolution did not wait.
-        kept_fold (KeptFold, optional): That fold.
     """
 
     kind: NormKind
@@ -438,7 +394,6 @@ class NormState(_LayerState):
         super().__init__(name, norm, kind)
         self.ran: str | None = None
         self.why_stock: str | None = None
-        self.kept_fold: KeptFold | None = None
         self._fits_half = True
         self._half_folds = 0
 
@@ -447,10 +402,6 @@ class NormState(_LayerState):
         if self.ran == 'stock' and self.why_stock == 'small':
             return 'small'
         return self.ran or 'not run'
-
-    def keep_folds(self, keeps: bool) -> None:
-        """Begin or cease to keep folds; either way none is left."""
-        self.keeps_fold, self.kept_fold = keeps, None
 
     def fits_half(self, learned: tuple[Any, Any, Any, Any], mean: Tensor,
                   var: Tensor, eps: float,
@@ -514,15 +465,6 @@ class NormState(_LayerState):
         if deferred.context[1] is not None:
             x = x.to(_convolved_dtype(x, deferred.context[1]))
         learned = (deferred.weight, deferred.bias, weight, bias)
-        made_from = (*learned, mean, var)
-        keeps = (
-            self.keeps_fold and linear_map is not None
-            and not torch.compiler.is_compiling()
-            and not needs_gradient(x, *learned))
-        if keeps and self.kept_fold is not None and self.kept_fold.serves(
-                made_from, eps, x.dtype):
-            return run_folded(linear_map, x, self.kept_fold.folded)
-
         plan = Plan.CHOOSE
         if x.dtype == torch.float16 and not self.fits_half(
                 learned, mean, var, eps, coeff_shape):
@@ -530,13 +472,10 @@ class NormState(_LayerState):
             plan = Plan.SCALE
             if linear_map is None or native_node(x, deferred.weight) is None:
                 return None
-        if linear_map is None or keeps:
+        if linear_map is None:
             folded = fold(*learned, *norm_coefficients(mean, var, eps),
                           coeff_shape)
-            if linear_map is None:
-                return kind.run(conv, *folded, *deferred.inputs)
-            self.kept_fold = KeptFold(made_from, eps, folded, x.dtype)
-            return run_folded(linear_map, x, self.kept_fold.folded)
+            return kind.run(conv, *folded, *deferred.inputs)
         return fold_and_run_norm(linear_map, x, *learned, mean, var, eps,
                                  coeff_shape, plan)
 
@@ -627,8 +566,6 @@ def call_norm(norm: nn.Module, args: tuple,
 
 def _note_stock(norm: nn.Module, state: NormState, args: tuple) -> None:
     state.ran = 'stock' if state.kind.is_fixed(norm) else 'train mode'
-    # Statistics change without a change of version.
-    state.kept_fold = None
     if inside_autograd_function() and args and not args[0].requires_grad:
         # With a gradient it would come from outside of the function.
         conv_state = getattr(args[0], '_tune_conv', None)
