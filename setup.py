@@ -70,7 +70,7 @@ setup(
         'Typing :: Typed',
     ],
     packages=find_packages(include=('mmtune', 'mmtune.*')),
-    package_data={'mmtune': ['csrc/*.cpp', 'py.typed']},
+    package_data={'mmtune': ['csrc/*', 'py.typed']},
     python_requires='>=3.10',
     # `mmtune.turn_on` works on any nn.Module and needs torch alone. The Hook,
     # the configs and the tools belong to an MMDetection installation, which
