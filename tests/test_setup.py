@@ -154,6 +154,7 @@ def test_wheel_has_a_licence_and_authors(installed):
     assert metadata['Description-Content-Type'] == 'text/markdown'
 
 
+@pytest.mark.parametrize('installed', ['sdist'], indirect=True)
 def test_wheel_works_where_there_is_torch_alone(installed):
     script = (
         'import sys\n'
