@@ -10,16 +10,14 @@ taken in rounds, each combination once a round::
 ``python docs/render.py`` then writes the table of docs/en/comparison.md.
 """
 import argparse
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from mmdet.models.backbones import ResNet
 from torch import Tensor
-from torch._inductor import config as inductor
 
 from mmtune import turn_on
 from mmtune.analysis import peak_bytes, saved_bytes
@@ -58,11 +56,10 @@ class Step:
         combination (Combination): What to run.
         depth (int): Of the ResNet.
         image (tuple[int, int]): Height and width, in pixels.
-        backend (str): Of torch.compile.
     """
 
     def __init__(self, combination: Combination, depth: int,
-                 image: tuple[int, int], backend: str) -> None:
+                 image: tuple[int, int]) -> None:
         self.other = combination.other
         torch.manual_seed(0)
         self.model = ResNet(
@@ -74,7 +71,12 @@ class Step:
         self.images = torch.randn(2, 3, *image)
         self.call: Callable = self.model
         if self.compiles:
-            self.call = torch.compile(self.model, backend=backend)
+            # The two share code: without options of its own, the second
+            # would run what was compiled for the first.
+            own = {'efficient_conv_bn_eval_fx_passes': True}
+            self.call = torch.compile(
+                self.model,
+                options=own if self.other.endswith('pass') else None)
 
     @property
     def compiles(self) -> bool:
@@ -95,19 +97,11 @@ class Step:
     def __call__(self) -> None:
         """Take a step, but for the optimizer's part."""
         self.model.zero_grad()
-        with self.settings():
-            self.forward().backward()
-
-    @contextlib.contextmanager
-    def settings(self) -> Iterator[None]:
-        """Turn Inductor's pass on where it belongs to the combination."""
-        with inductor.patch(
-                efficient_conv_bn_eval_fx_passes=self.other.endswith('pass')):
-            yield
+        self.forward().backward()
 
     def kept(self) -> int:
         """Count the bytes that a forward keeps for backward."""
-        with self.settings(), saved_bytes(self.model) as saved:
+        with saved_bytes(self.model) as saved:
             loss = self.forward()
         total = saved.total
         loss.backward()
@@ -127,21 +121,20 @@ class Step:
 
 
 def measure(depth: int, image: tuple[int, int], rounds: int,
-            backend: str = 'inductor') -> list[dict]:
-    """Measure all combinations.
+            combinations: Sequence[Combination] = COMBINATIONS) -> list[dict]:
+    """Measure combinations, plain Eval among them.
 
     Args:
         depth (int): Of the ResNet.
         image (tuple[int, int]): Height and width, in pixels.
         rounds (int): How often to time each.
-        backend (str): Of torch.compile. Defaults to ``'inductor'``.
+        combinations (Sequence[Combination]): Defaults to all.
 
     Returns:
-        list[dict]: One for each of :data:`COMBINATIONS`: bytes, and the
-        quartiles of its time as a share of plain Eval's in the same round.
+        list[dict]: One for each: bytes, and the quartiles of its time as a
+        share of plain Eval's in the same round.
     """
-    torch.compiler.reset()
-    steps = {c: Step(c, depth, image, backend) for c in COMBINATIONS}
+    steps = {c: Step(c, depth, image) for c in combinations}
     bytes_of = {c: (step.kept(), step.peak()) for c, step in steps.items()}
     stock = Combination('Eval', 'nothing')
     times = list(interleaved_seconds(steps, rounds))
@@ -152,7 +145,7 @@ def measure(depth: int, image: tuple[int, int], rounds: int,
             kept=bytes_of[c][0],
             peak=bytes_of[c][1],
             time=quartiles(t[c] / t[stock] for t in times))
-        for c in COMBINATIONS
+        for c in combinations
     ]
 
 
@@ -164,9 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--image', type=int, nargs=2, default=(320, 320),
                         metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--backend', default='inductor')
     args = parser.parse_args(arguments)
-    rows = measure(args.depth, tuple(args.image), args.rounds, args.backend)
+    rows = measure(args.depth, tuple(args.image), args.rounds)
     found = dict(
         command='python tests/benchmarks/combinations.py --json '
         'docs/en/combinations.json',
