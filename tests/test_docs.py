@@ -2,6 +2,7 @@
 import functools
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
 import runpy
@@ -15,7 +16,8 @@ from mmengine.config import Config
 from torch import distributed, nn
 
 import mmtune
-from mmtune.options import CONFIG_KEY, merge_options
+from mmtune.api import latest_runs
+from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS, MODEL_WRAPPERS, MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,6 +233,43 @@ def test_contributors_find_every_room():
         if not path.name.startswith(('_', '.')) and path.name != 'py.typed'
     }
     assert [room for room in sorted(rooms) if f'`{room}`' not in text] == []
+
+
+# --------------------------------------------------------------------------
+# Tables of what the code says
+# --------------------------------------------------------------------------
+
+
+def rows_of(page, title):
+    """Return the cells of the table that begins with a title."""
+    lines = (DOCS / page).read_text().splitlines()
+    start = lines.index(next(
+        line for line in lines if line.startswith(f'| {title} |')))
+    table = itertools.takewhile(lambda line: line.startswith('|'),
+                                lines[start + 2:])
+    return [[cell.strip() for cell in line.strip('|').split(' | ')]
+            for line in table]
+
+
+def test_every_option_has_a_row():
+    rows = rows_of('config.md', 'option')
+    assert tuple(row[0].strip('`') for row in rows) == OPTIONS
+
+
+def test_every_way_to_run_has_a_row():
+    rows = rows_of('troubleshooting.md', 'it says')
+    ways = re.findall("``'([a-z ]+)'``", inspect.getdoc(latest_runs))
+    assert sorted(row[0].strip('*') for row in rows) == sorted(ways)
+
+
+def test_reasons_are_those_of_the_report():
+    code = ''.join(
+        path.read_text() for path in sorted((ROOT / 'mmtune').glob('*.py')))
+    # Strings that go on in the next line.
+    code = re.sub(r"""['"]\n\s*f?['"]""", '', code)
+    for reason, *_ in rows_of('troubleshooting.md', 'reason'):
+        for part in reason.split('...'):
+            assert part.strip() in code, reason
 
 
 # --------------------------------------------------------------------------
