@@ -1,5 +1,6 @@
 """What the check of a device finds, on the device that every machine has."""
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -236,12 +237,14 @@ def test_what_a_step_of_a_detector_costs(toy_detectors):
     assert found['Tune, Python']['ran']
 
 
-def test_a_way_that_fails_does_not_end_the_rest(toy_detectors, monkeypatch,
-                                                capsys, tmp_path):
+@pytest.mark.parametrize('failing', ['Eval', 'plain operators'])
+def test_a_way_that_fails_does_not_end_the_rest(failing, toy_detectors,
+                                                monkeypatch, capsys,
+                                                tmp_path):
     put = detectors.put_in_way
 
     def fail(model, way):
-        if way == 'plain operators':
+        if way == failing:
             raise torch.OutOfMemoryError('out of memory\nby far')
         put(model, way)
 
@@ -252,11 +255,13 @@ def test_a_way_that_fails_does_not_end_the_rest(toy_detectors, monkeypatch,
                          '32', '48', '--rounds', '1', '--json',
                          str(path)]) == 0
     printed = capsys.readouterr().out
-    assert '| plain operators | OutOfMemoryError: out of memory |' in printed
+    assert f'| {failing} | OutOfMemoryError: out of memory |' in printed
     assert '## toy, 2 x 3 x 32 x 48, float32' in printed
     found = json.loads(path.read_text())['detectors']['float32']['toy']
-    assert found['plain operators']['failed'].endswith('out of memory')
+    assert found[failing]['failed'].endswith('out of memory')
     assert found['Deploy']['seconds'] > 0
+    assert ('ratio' in found['Deploy']) == (failing != 'Eval')
+    assert (found['Tune, Python']['off_eval'] is None) == (failing == 'Eval')
 
 
 @pytest.mark.parametrize('name', detectors.DETECTORS)
@@ -332,10 +337,13 @@ def test_it_needs_torch_alone():
         others = ('mmengine', 'mmcv', 'mmdet', 'torchvision', 'rich', 'numpy')
         sys.modules.update(dict.fromkeys(others))
         from mmtune.analysis.device import __main__ as command
+        every = command.precisions
         command.KINDS = ['Conv2d']
+        command.precisions = lambda device: every(device)[:1]
         sys.exit(command.main(['--device', 'cpu', '--tables', 'exactness']))
     """
     output = subprocess.run([sys.executable, '-c', textwrap.dedent(script)],
+                            env=dict(os.environ, MMTUNE_NATIVE='0'),
                             check=True, capture_output=True, text=True).stdout
     assert f'At most {BOUND} passes' in output
     assert 'checks passed' in output

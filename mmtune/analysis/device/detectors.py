@@ -87,10 +87,12 @@ def measure_detector(name: str, ways: list[str], shape: tuple[int, int],
             message = str(error).strip().partition('\n')[0]
             found[way] = dict(failed=f'{type(error).__name__}: {message}')
             continue
-        stock = stock or gradients
-        # Deploy learns other parameters.
-        found[way]['off_eval'] = None if way == 'Deploy' else _finite(
-            difference(gradients, stock))
+        if way == 'Eval':
+            stock = gradients
+        # Deploy learns other parameters; Eval may have failed.
+        compares = way != 'Deploy' and stock
+        found[way]['off_eval'] = _finite(
+            difference(gradients, stock)) if compares else None
         steps[way] = partial(_run_step, step, way)
         del gradients
     stock.clear()
