@@ -10,8 +10,10 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmtune.api import FoldedNorm, latest_runs, turn_on
+from mmtune.collect_env import native_status
 from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
+from mmtune.version import __version__
 
 __all__ = ['TuneModeHook']
 
@@ -176,6 +178,9 @@ class TuneModeHook(Hook):
         report = turn_on(_unwrapped(runner.model), **options)
         modules = options.get('modules') or 'the whole model'
         runner.logger.info(f'{report.mode} mode in {modules}:\n{report}')
+        if report.mode == 'Tune':
+            runner.logger.info(
+                f'mmtune {__version__}, native node: {native_status()}')
 
     def _weights_are_loaded(self, runner: Runner) -> None:
         if self._key_in_config is not None:

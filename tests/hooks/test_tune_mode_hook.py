@@ -11,6 +11,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmtune.api import FoldedNorm, latest_runs
+from mmtune.collect_env import native_status
 from mmtune.hooks.tune_mode_hook import _unwrapped
 from tests import toy
 from tests.toy import TUNE, build_runner, logged, losses
@@ -206,6 +207,11 @@ def test_log_says_what_was_fused(tmp_path):
     assert log.count('Blocks in the first iteration: 2 fused, 1 train') == 1
     assert log.count('1 of 3 blocks ran as stock since their BatchNorm') == 1
     assert "the first is 'neck.1'" in log and 'norm_eval=True' in log
+
+
+def test_log_says_whether_there_is_a_native_node(tmp_path):
+    log = logged(train(tmp_path, default_hooks=TUNE))
+    assert f'native node: {native_status()}' in log
 
 
 def test_log_does_not_warn_without_need(tmp_path):
