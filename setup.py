@@ -98,6 +98,8 @@ setup(
             'scipy',
             'tensorboard',
         ],
+        # The detectors of `python -m mmtune.analysis.device`.
+        'device': ['torchvision'],
         'lint': ['mypy', 'ruff'],
         'docs': ['furo', 'myst-parser', 'sphinx'],
         'release': ['build', 'twine'],
