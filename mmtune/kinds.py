@@ -416,10 +416,13 @@ class _TridentBranch(_Convolution):
         return F.conv2d(x, weight, bias, conv.stride, conv.padding,
                         conv.dilation)
 
+    def geometry(self, conv):
+        return Convolution(conv.stride, conv.padding, conv.dilation, False,
+                           (0, 0), 1)
+
     def linear_map(self, conv, *inputs):
         x, = inputs
-        return x, Convolution(conv.stride, conv.padding, conv.dilation, False,
-                              (0, 0), 1)
+        return x, self.geometry(conv)
 
 
 class _Trident(ConvKind):
