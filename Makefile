@@ -7,6 +7,10 @@ PYTHON ?= python3
 # Threads that wait by spinning starve those of another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# A process takes up to three GB.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+    --dist worksteal
+
 .PHONY: env demo test test-all reproduce lint docs wheel clean
 
 env:
@@ -16,10 +20,10 @@ demo: env
 	.venv/bin/python tools/demo.py
 
 test: env
-	.venv/bin/python -m pytest -m 'not exhaustive'
+	$(PYTEST) -m 'not exhaustive'
 
 test-all: env
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 # Measures every figure of docs/en/reproduction.md anew.
 reproduce: env

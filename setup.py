@@ -94,6 +94,7 @@ setup(
             'onnxscript',
             'packaging',
             'pytest',
+            'pytest-xdist',
             'scikit-learn',
             'scipy',
             'tensorboard',
