@@ -674,8 +674,8 @@ def test_operators_where_no_loop_serves(node, layer, plan):
     block, x, grad = make_block(*LAYERS[layer], dtype=torch.float32)
     with Operators() as operators:
         results(planned(plan), block, x, grad)
-    # The gradients of a linear layer are an operator each, and there is none
-    # to spare: statistics 1, zero 1, fold 2, fold anew 1, sum of dZ 1, chain 3.
+    # The gradients of a linear layer are an operator each. There is none to
+    # spare: statistics, zero, fold 2, fold anew, sum of dZ, chain 3.
     limit = 12 if layer.startswith('linear') and plan == Plan.FOLD else 11
     assert operators.calls.total() <= limit, operators.calls
 
