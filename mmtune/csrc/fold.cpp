@@ -630,8 +630,10 @@ struct Norm {
                                       bool needs_weight) const {
     // Some kernels ask whether these are empty, not whether they are given.
     const Tensor none = constants.select(0, 0).narrow(0, 0, 0);
+    // Where channels lie next to each other, some read a mean as if it did.
+    const Tensor dense = tensor.stride(1) == 1 ? mean.contiguous() : mean;
     auto [grad_tensor, grad_weight, _] = at::native_batch_norm_backward(
-        grad, tensor, or_none(weight), mean, constants.select(0, 1), none,
+        grad, tensor, or_none(weight), dense, constants.select(0, 1), none,
         none, false, eps, {needs_tensor, needs_weight, false});
     return {grad_tensor, grad_weight};
   }
