@@ -70,17 +70,20 @@ enum Plan : int64_t { kChoose, kFold, kScale, kScaleHalf };
 //      64 channels, 3x3   0.06: 0.97, 0.95    0.9: 0.96, 0.94  3.6: 0.97, 0.99
 //      depthwise,   3x3   3.6:  0.95, 0.94     14: 0.93, 0.94  57: 0.89, 0.95
 //
-// Without gradients (--no-gradient) it lies there as well, see the shapes of a
-// ResNet-50 for two images of 64 x 64, as a share of the convolution alone:
+// Without gradients (--no-gradient):
 //
-//     256 channels, 1x1   0.12: 1.36, 0.96      8: 1.05, 1.16
-//     128 channels, 3x3   0.11: 1.17, 1.01
-//      64 channels, 3x3   0.89: 1.04, 1.03
-//     512 -> 128,   1x1   0.25: 1.14, 1.02   256 -> 64, 1x1   2: 1.04, 1.04
-constexpr double kMapPerWeight = 2;
-// In bfloat16 (--dtype bfloat16) the loops do not serve for a map, and scaling
-// it takes longer: 0.93 and 1.08 at 2 elements, 1.07 and 1.07 at 0.2.
-constexpr double kBrainMapPerWeight = 0.25;
+//     512 channels, 1x1   0.06: 1.12, 0.97   0.25: 1.13, 0.97   1: 0.97, 0.99
+//     256 channels, 1x1   0.13: 1.02, 0.91    0.5: 0.98, 0.94   2: 0.91, 0.93
+//      64 channels, 1x1   0.5:  0.83, 0.78      2: 0.87, 0.84   8: 0.83, 0.89
+//     256 channels, 3x3   0.06: 1.54, 1.05   0.22: 1.10, 0.98
+//      64 channels, 3x3   0.06: 0.99, 0.93    0.9: 0.97, 0.99 3.6: 0.94, 0.95
+constexpr double kMapPerWeight = 1;
+// In bfloat16 (--dtype bfloat16) the loops do not serve for a map.
+//
+//     512 channels, 1x1   0.06: 1.06, 1.05   0.25: 1.04, 1.08   1: 1.04, 1.09
+//     256 channels, 3x3   0.01: 1.16, 1.12   0.06: 1.07, 1.07
+//      64 channels, 1x1   0.5:  0.99, 1.14     32: 0.91, 1.19
+constexpr double kBrainMapPerWeight = 1. / 16;
 
 Tensor or_undefined(const MaybeTensor& tensor) {
   return tensor.has_value() ? *tensor : Tensor();
