@@ -4,6 +4,7 @@ Stock is the unmodified pair of convolution and BatchNorm in eval mode, the
 paper's Eval. What is right, a run of stock in float64 says, with the same
 (rounded) parameters, input and gradient of the output.
 """
+import contextlib
 import math
 
 import pytest
@@ -621,9 +622,11 @@ def test_folded_overflow_is_not_met(values, x, mode, beyond_half,
     scale(2.**8)
     assert compare()
     assert runs(block) == [beyond_half]
-    # The control: without the question, infinity.
+    # The control: without the question, infinity. The native node does not
+    # need it, since it scales every map in float16.
     monkeypatch.setattr(HalfRange, 'fits', lambda *_: True)
-    with pytest.raises(AssertionError):
+    with (pytest.raises(AssertionError) if beyond_half == 'stock'
+          else contextlib.nullcontext()):
         compare()
     assert runs(block) == ['fused']
 
