@@ -12,7 +12,13 @@ from mmtune.behaviours import attach_conv, attach_norm
 from mmtune.buffers import ConvBuffers
 from mmtune.functional import fold, norm_coefficients
 from mmtune.held import hold_norms
-from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
+from mmtune.kinds import (
+    ConvKind,
+    NormKind,
+    conv_kind,
+    looks_like_norm,
+    norm_kind,
+)
 from mmtune.matching import (
     OWN_OPTION,
     LeftOut,
@@ -315,6 +321,8 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             reason = 'Deploy needs a weight that is a plain parameter'
         elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
             reason = 'Deploy needs layers that are initialized'
+        elif _norm_kind(norm).does_more:
+            reason = f'{type(norm).__name__} does more than normalize'
         elif _kind(conv).weight(conv) is not conv.weight:
             reason = f'{type(conv).__name__} makes a weight of its own'
         elif 'bias' not in conv._parameters:
@@ -336,10 +344,10 @@ def _kind(conv: nn.Module) -> ConvKind:
     return kind
 
 
-def _eps(norm: nn.Module) -> float:
+def _norm_kind(norm: nn.Module) -> NormKind:
     kind = norm_kind(norm)
     assert kind is not None, 'a match has a known normalization'
-    return kind.eps(norm)
+    return kind
 
 
 # --------------------------------------------------------------------------
@@ -369,8 +377,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        kind = norm_kind(norm)
-        assert kind is not None, 'a match has a known normalization'
+        kind = _norm_kind(norm)
         if block not in states:
             states[block] = BlockState()
         states[block].pairs.append(
@@ -402,7 +409,7 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         weight, bias = fold(
             conv.weight, conv.bias, norm.weight, norm.bias,
             *norm_coefficients(norm.running_mean, norm.running_var,
-                               _eps(norm)),
+                               _norm_kind(norm).eps(norm)),
             _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')

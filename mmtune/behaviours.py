@@ -33,6 +33,7 @@ from mmtune.attach import (
     run_last,
 )
 from mmtune.buffers import ConvBuffers, NamedBuffers
+from mmtune.calls import is_own_batch_norm
 from mmtune.deferred import (
     fingerprint,
     inside_autograd_function,
@@ -530,6 +531,8 @@ class NormState(_LayerState):
             plan = Plan.SCALE
             if linear_map is None or native_node(x, deferred.weight) is None:
                 return None
+        if linear_map is None and kind.needs_map:
+            return None
         if linear_map is None or keeps:
             folded = fold(*learned, *norm_coefficients(mean, var, eps),
                           coeff_shape)
@@ -539,6 +542,30 @@ class NormState(_LayerState):
             return run_folded(linear_map, x, self.kept_fold.folded)
         return fold_and_run_norm(linear_map, x, *learned, mean, var, eps,
                                  coeff_shape, plan)
+
+
+    def receive(self, norm: nn.Module, promise: Any, *args: Any,
+                **kwargs: Any) -> Tensor | None:
+        """Fold where the forward of a normalization calls ``F.batch_norm``.
+
+        Args:
+            norm (nn.Module): The normalization.
+            promise (DeferredConv): What its forward was given, and the call.
+            *args: Other arguments of the call.
+            **kwargs: Other arguments of the call.
+
+        Returns:
+            Tensor | None: See :meth:`fold`.
+        """
+        output = None
+        if is_own_batch_norm(norm, *args, **kwargs):
+            output = self.fold(norm, promise)
+        if output is None:
+            # Statistics change without a change of version.
+            self.kept_fold = None
+        else:
+            self.ran, promise.folded = 'fused', output.requires_grad
+        return output
 
 
 def _fits_half(weight: Tensor, bias: Tensor) -> bool:
@@ -613,16 +640,27 @@ def call_norm(norm: nn.Module, args: tuple,
         args, kwargs = _positional(norm, args, kwargs)
     output = None
     if len(args) == 1 and is_deferred(args[0]) and not kwargs:
-        if state.is_stock(norm):
+        if state.is_stock(norm) and not _is_opaque(state):
+            if state.kind.runs_forward:
+                state.ran = 'stock'
+                args[0].receiver = functools.partial(state.receive, norm)
+                _PASSED[thread()] = vars(norm)['forward'], norm, args, None
+                return args, kwargs
             output = state.fold(norm, args[0])
     if output is not None:
         state.ran = 'fused'
         args[0].folded = output.requires_grad
+        output = state.kind.finish(norm, output)
     else:
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
     _PASSED[thread()] = vars(norm)['forward'], norm, args, output
     return args, kwargs
+
+
+def _is_opaque(state: NormState) -> bool:
+    """Whether calls in the forward of a normalization cannot be seen."""
+    return state.kind.runs_forward and torch.compiler.is_compiling()
 
 
 def _note_stock(norm: nn.Module, state: NormState, args: tuple) -> None:

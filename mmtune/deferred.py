@@ -1,14 +1,17 @@
 """The output of a convolution that has not run yet."""
 import contextlib
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmtune.attach import bare_copy
 from mmtune.kinds import ConvKind, parameter
+from mmtune.questions import answer
 
 __all__ = [
     'CompiledDeferredConv', 'DeferredConv', 'defer', 'fingerprint',
@@ -74,6 +77,8 @@ class _Deferred:
             had when it was called.
         output (Tensor, optional): Of the plain convolution, once it ran.
         folded (bool): Whether a normalization ran with it, for a gradient.
+        receiver (Callable, optional): Takes a call of ``F.batch_norm`` with
+            the promise; gives None where that has to run.
     """
 
     # None of these may be the name of an attribute of tensors.
@@ -82,6 +87,7 @@ class _Deferred:
     kind: ConvKind
     inputs: tuple
     output: Tensor | None
+    receiver: Callable | None = None
 
     def _begin(self, name: str, conv: nn.Module, kind: ConvKind,
                inputs: tuple) -> None:
@@ -113,6 +119,10 @@ class _Deferred:
         now = self._current_fingerprints()
         return self.fingerprints != now and any(
             map(_differs, self.fingerprints, now))
+
+    def output_shape(self) -> tuple[int, ...] | None:
+        """The shape of the output, None where it is not known."""
+        return self.kind.output_shape(self.conv, self.weight, *self.inputs)
 
     def foldable(self) -> bool:
         """Whether a fold would see what the convolution was given."""
@@ -175,7 +185,16 @@ class _Deferred:
                         f'The gradient of the output of {value.conv_name!r} '
                         'was asked for, which is not computed once its '
                         f'normalization ran with it; {ADVICE}')
+        result = cls._without_running(func, args, kwargs or {})
+        if result is not None:
+            return result
         return func(*settle(args), **settle(kwargs or {}))
+
+    @classmethod
+    def _without_running(cls, func: Callable, args: tuple,
+                         kwargs: dict) -> Any:
+        """What a function gives, None where the convolution has to run."""
+        return None
 
 
 # What of a tensor its users only ask for where they want its gradient.
@@ -209,6 +228,17 @@ class DeferredConv(_Deferred, Tensor):
         return [
             fingerprint(t) for t in (*self.inputs, self.weight, self.bias)
         ]
+
+    @classmethod
+    def _without_running(cls, func: Callable, args: tuple,
+                         kwargs: dict) -> Any:
+        promise = next(filter(is_deferred, args), None)
+        if promise is None or not promise.foldable():
+            return None
+        if (func is F.batch_norm and promise.receiver is not None
+                and args[0] is promise):
+            return promise.receiver(*args, **kwargs)
+        return answer(promise, func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -6,7 +6,6 @@ be the only way through the forward, because a pair is only a candidate: what
 really runs is decided at each call (see ``behaviours.py``).
 """
 import contextlib
-import copy
 import inspect
 import math
 import operator
@@ -21,11 +20,13 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.attach import bare_copy, has_hooks, overridden
+from mmtune.attach import has_hooks, overridden
+from mmtune.calls import forget_trials, stand_in
 from mmtune.deferred import inside_autograd_function
 from mmtune.frozen import forget_probes
 from mmtune.kinds import (
     conv_kind,
+    is_known_conv,
     looks_like_conv,
     looks_like_norm,
     methods_of,
@@ -119,6 +120,7 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         normalization below ``roots`` with its reason.
     """
     forget_probes()
+    forget_trials()
     search = _Search(model, roots)
     for block in {m: None for root in roots for m in root.modules()}:
         if any(_is_layer(module) for module in _own_modules(block)):
@@ -279,14 +281,14 @@ def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
                 or node.target is operator.getitem)
     module = block.get_submodule(node.target)
     return not has_hooks(module) and (
-        conv_kind(type(module)) is not None
+        is_known_conv(module)
         or norm_kind(module) is not None)
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
     if overridden(conv, 'forward'):
         return "the convolution's forward is replaced on the instance"
-    if conv_kind(type(conv)) is None:
+    if not is_known_conv(conv):
         return (f'{type(conv).__name__} is not a convolution that '
                 'mmtune knows')
     return None
@@ -426,24 +428,12 @@ def _trace_branch(block: nn.Module,
 
 
 def _stand_in(block: nn.Module) -> nn.Module:
-    """A copy down to the containers, not the tensors.
-
-    It takes what a forward under trace assigns and appends, on the block
-    and on its children.
-    """
-    copies: dict[nn.Module, nn.Module] = {}
-    for module in block.modules():
-        stand_in = copies[module] = bare_copy(module)
-        for name, value in vars(module).items():
-            if isinstance(value, (dict, list, set)):
-                vars(stand_in)[name] = copy.copy(value)
-        if OWN_OPTION in vars(stand_in):
-            vars(stand_in)[OWN_OPTION] = None
-    for stand_in in copies.values():
-        for name, child in stand_in._modules.items():
-            if child is not None:
-                stand_in._modules[name] = copies[child]
-    return copies[block]
+    """A copy whose forward is the block's own, not a rewrite's."""
+    copied = stand_in(block)
+    for module in copied.modules():
+        if OWN_OPTION in vars(module):
+            vars(module)[OWN_OPTION] = None
+    return copied
 
 
 def _defaults(block: nn.Module) -> dict | None:
