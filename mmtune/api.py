@@ -385,7 +385,8 @@ def _tune(model: nn.Module, matches: Matches) -> None:
                 attach_conv(match.conv, conv, norm, kind),
                 attach_norm(match.norm, norm, kind),
                 tuple(match.conv_path.split('.')),
-                tuple(match.norm_path.split('.'))))
+                tuple(match.norm_path.split('.')),
+                tuple(tuple(path.split('.')) for path in match.via)))
     for block, state in states.items():
         attach_block(block, state)
         if vars(block).get(OWN_OPTION) is not None:

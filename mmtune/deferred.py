@@ -1,6 +1,7 @@
 """The output of a convolution that has not run yet."""
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,7 @@ class _Deferred:
         folded (bool): Whether a normalization ran with it, for a gradient.
         receiver (Callable, optional): Takes a call of ``F.batch_norm`` with
             the promise; gives None where that has to run.
+        run (BlockRun, optional): The run of a block that it was made in.
     """
 
     # None of these may be the name of an attribute of tensors.
@@ -88,6 +90,7 @@ class _Deferred:
     inputs: tuple
     output: Tensor | None
     receiver: Callable | None = None
+    run: Any = None
 
     def _begin(self, name: str, conv: nn.Module, kind: ConvKind,
                inputs: tuple) -> None:
@@ -238,7 +241,22 @@ class DeferredConv(_Deferred, Tensor):
         if (func is F.batch_norm and promise.receiver is not None
                 and args[0] is promise):
             return promise.receiver(*args, **kwargs)
+        if func in (Tensor.flatten, torch.flatten) and args[0] is promise:
+            return promise.flattened(*args[1:], **kwargs)
         return answer(promise, func, args, kwargs)
+
+    def flattened(self, start_dim: int = 0,
+                  end_dim: int = -1) -> 'DeferredConv | None':
+        """Promise the flattened output, where the input may be as well."""
+        inputs = self.kind.flattened(*self.inputs, start_dim=start_dim,
+                                     end_dim=end_dim)
+        if inputs is None or self.run is None:
+            return None
+        promise = _new(inputs[0])
+        vars(promise).update(vars(self), inputs=inputs)
+        promise.fingerprints = promise._current_fingerprints()
+        self.run.promises.append(weakref.ref(promise))
+        return promise
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -279,12 +297,15 @@ def defer(name: str, conv: nn.Module, kind: ConvKind, inputs: tuple) -> Any:
     if torch.compiler.is_compiling():
         deferred = CompiledDeferredConv()
     else:
-        x = inputs[0]
-        # The size is nobody's to see: it would have to be computed.
-        deferred = Tensor._make_wrapper_subclass(
-            DeferredConv, (), dtype=x.dtype, device=x.device)
+        deferred = _new(inputs[0])
     deferred._begin(name, conv, kind, inputs)
     return deferred
+
+
+def _new(x: Tensor) -> Any:
+    # The size is nobody's to see: it would have to be computed.
+    return Tensor._make_wrapper_subclass(
+        DeferredConv, (), dtype=x.dtype, device=x.device)
 
 
 def is_deferred(value: Any) -> bool:
@@ -336,26 +357,30 @@ def _delegate_to_tensor() -> None:
     setattr(CompiledDeferredConv, '__hash__', object.__hash__)  # noqa: B010
 
 
-def settle(value: Any) -> Any:
+def settle(value: Any, run: Any = None) -> Any:
     """Replace each promise in (nested) containers by its tensor.
 
     Args:
         value: Anything; tuples, lists and dicts are searched.
+        run (BlockRun, optional): Whose promises are replaced. Defaults to
+            None: all are.
 
     Returns:
         The value itself where it holds no promise.
     """
     if is_deferred(value):
-        return value.tensor()
+        return value.tensor() if run in (None, value.run) else value
     if isinstance(value, (tuple, list)):
-        settled = [settle(item) for item in value]
+        settled = [settle(item, run) for item in value]
         if all(new is old for new, old in zip(settled, value)):
             return value
         if hasattr(value, '_fields'):
             return type(value)(*settled)
         return type(value)(settled)
     if isinstance(value, dict):
-        settled_items = {key: settle(item) for key, item in value.items()}
+        settled_items = {
+            key: settle(item, run) for key, item in value.items()
+        }
         if all(settled_items[key] is value[key] for key in value):
             return value
         copied = value.copy()

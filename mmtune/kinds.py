@@ -199,6 +199,20 @@ class ConvKind(_Kind):
         """
         return None
 
+    def flattened(self, *inputs: Any, start_dim: int,
+                  end_dim: int) -> tuple | None:
+        """Give inputs for which the output is the flattened one.
+
+        Args:
+            *inputs: What a layer of this kind was called with.
+            start_dim (int): See ``Tensor.flatten``.
+            end_dim (int): See ``Tensor.flatten``.
+
+        Returns:
+            tuple | None: None where there are none.
+        """
+        return None
+
     def run(self, conv: nn.Module, weight: Tensor, bias: Tensor | None,
             *inputs: Any) -> Tensor:
         """Run the layer with other tensors in the place of its own.
@@ -363,7 +377,7 @@ class _TransposedConvolution(ConvKind):
 
 
 class _Linear(ConvKind):
-    """``nn.Linear`` on a matrix."""
+    """``nn.Linear``, whose output is a matrix, or is made one."""
 
     functions = ('linear', )
 
@@ -378,6 +392,13 @@ class _Linear(ConvKind):
         if x.dim() < 2 or x.size(-1) != weight.size(1):
             return None
         return *x.shape[:-1], weight.size(0)
+
+    def flattened(self, *inputs, start_dim, end_dim):
+        x, = inputs
+        # Not the last dimension, that of the channels.
+        if (start_dim % x.dim(), end_dim % x.dim()) != (0, x.dim() - 2):
+            return None
+        return x.flatten(start_dim, end_dim),
 
     def run(self, conv, weight, bias, *inputs):
         x, = inputs
@@ -920,12 +941,12 @@ def looks_like_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.modules.batchnorm._NormBase, *_OF_THE_INPUT)):
         return True
-    if (looks_like_conv(module) or isinstance(module, nn.Identity)
-            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
-        return False
     own = _own_tensors(module)
     if {'running_mean', 'running_var'} <= own.keys():
         return True
+    if (looks_like_conv(module) or isinstance(module, nn.Identity)
+            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
+        return False
     # A scale and a shift of each channel, as an AffineChannel has.
     affine = (own.keys() == {'weight', 'bias'}
               and own['weight'].dim() == own['bias'].dim() == 1)

@@ -3,7 +3,9 @@
 Where the forward of a block asks them of a convolution's output, before the
 normalization, the convolution need not run: its geometry gives the answer.
 """
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,6 +77,9 @@ def answer(promise: Any, function: Callable, args: tuple,
     Returns:
         The answer; None where the convolution has to run.
     """
+    if _asked_by_checkpoint():
+        # It will run a part of the forward anew, with what it is given now.
+        return None
     if function in _RESHAPING:
         if len(args) != 2 or args[1] is not promise or args[0] is promise:
             return None
@@ -89,6 +94,16 @@ def answer(promise: Any, function: Callable, args: tuple,
     stand_in = _stand_in(promise, shape)
     return None if stand_in is None else function(stand_in, *args[1:],
                                                   **kwargs)
+
+
+def _asked_by_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get('__name__', '')
+        if not name.startswith('mmtune.'):
+            return name == 'torch.utils.checkpoint'
+        frame = frame.f_back
+    return False
 
 
 def _stand_in(promise: Any, shape: tuple[int, ...] | None) -> Tensor | None:

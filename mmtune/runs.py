@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mmtune.attach import Hook, Override, attach
+from mmtune.attach import Hook, Override, attach, has_hooks
 from mmtune.deferred import defer, inside_autograd_function, settle
 from mmtune.kinds import ConvKind
 
@@ -31,12 +31,20 @@ class Pair(NamedTuple):
         norm (NormState): State of the normalization.
         conv_path (tuple[str]): Where the block has the convolution.
         norm_path (tuple[str]): Where the block has the normalization.
+        via (tuple[tuple[str]]): Where it has the modules that are given what
+            passes between the two, or give it.
     """
 
     conv: Any
     norm: Any
     conv_path: tuple[str, ...]
     norm_path: tuple[str, ...]
+    via: tuple[tuple[str, ...], ...] = ()
+
+    def is_seen(self, block: nn.Module) -> bool:
+        """Whether a hook of somebody's sees what passes between the two."""
+        modules = (at(block, path) for path in self.via)
+        return any(m is not None and has_hooks(m) for m in modules)
 
 
 def at(module: Any, path: tuple[str, ...]) -> Any:
@@ -75,7 +83,8 @@ class BlockState:
             if (conv is not None and norm is not None
                     and '_tune_conv' in conv.__dict__
                     and '_tune_norm' in norm.__dict__):
-                found.append((conv, norm))
+                if not (pair.via and pair.is_seen(block)):
+                    found.append((conv, norm))
             elif not self.told:
                 self._tell(pair, conv, norm)
         return found
@@ -151,6 +160,7 @@ class BlockRun:
                 inputs: tuple) -> Any:
         """Promise the output of a convolution called in this run."""
         deferred = defer(name, conv, kind, inputs)
+        deferred.run = self
         self.promised = True
         if not torch.compiler.is_compiling():
             self.promises.append(weakref.ref(deferred))
@@ -171,7 +181,8 @@ class BlockRun:
         """Let no promise outlive the block, wherever it was put."""
         if not self.promised or _handled_error() is not self.error:
             return output
-        output = settle(output)
+        # Those of an outer run may go on, to a normalization there.
+        output = settle(output, self)
         for reference in self.promises:
             deferred = reference()
             if deferred is not None:
