@@ -1,7 +1,6 @@
 """``turn_on`` and ``turn_off``: put a model into one of the paper's modes."""
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from mmtune.report import Report, Row
 from mmtune.runs import BlockState, Pair, attach_block
 
 __all__ = [
-    'MODES', 'FoldedNorm', 'keep_folds', 'latest_runs', 'turn_off', 'turn_on'
+    'MODES', 'FoldedNorm', 'latest_runs', 'turn_off', 'turn_on'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
@@ -136,33 +135,6 @@ def turn_off(model: nn.Module) -> None:
     _check_module(model)
     _check_not_deployed(model)
     _release(model)
-
-
-@contextlib.contextmanager
-def keep_folds(model: nn.Module) -> Iterator[None]:
-    """Fold once, not at every call, while nothing changes.
-
-    For validation: inside, a block in Tune mode that needs no gradient goes
-    on with its first fold, at the cost of Deploy mode. A parameter or a
-    statistic that is replaced or changed in place is noticed and folded
-    anew. One that is changed through ``.data`` is not: torch keeps no trace
-    of that, which is why folds are not kept elsewhere.
-
-    Args:
-        model (nn.Module): After :func:`turn_on`.
-    """
-    states = [
-        vars(module)[name] for module in model.modules()
-        for name in ('_tune_conv', '_tune_norm') if name in vars(module)
-    ]
-    before = [state.keeps_fold for state in states]
-    for state in states:
-        state.keep_folds(True)
-    try:
-        yield
-    finally:
-        for state, kept in zip(states, before):
-            state.keep_folds(kept)
 
 
 def latest_runs(model: nn.Module) -> dict[str, str]:

@@ -68,6 +68,18 @@ class _Kind:
                 _getter(self.functions)(F), _getter(self.operators)(torch))
 
 
+    def reads(self, layer_type: type) -> tuple[str, ...]:
+        """Give the names of what a call reads of a layer's class.
+
+        Args:
+            layer_type (type): Class of a layer of this kind.
+
+        Returns:
+            tuple[str, ...]: The same as in :meth:`code`.
+        """
+        return self.methods
+
+
 def _per_dimension(setting: Any, dimensions: int) -> tuple[int, ...]:
     """Write a setting as torch takes it, one number for all or for each."""
     if type(setting) is tuple and len(setting) == dimensions:
@@ -255,6 +267,18 @@ class ConvKind(_Kind):
         """
         return None
 
+    def geometry(self, conv: nn.Module) -> LinearMap | None:
+        """Say what is done with the weight, whatever the input.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+
+        Returns:
+            LinearMap | None: None where :meth:`linear_map` has to be asked
+            at each call, with its input.
+        """
+        return None
+
     def branches(self, conv: nn.Module,
                  *inputs: Any) -> list[tuple['ConvKind', nn.Module, tuple]]:
         """Split a call of a layer that gives a list.
@@ -300,17 +324,22 @@ class _Convolution(ConvKind):
     def run(self, conv, weight, bias, *inputs):
         return conv._conv_forward(*inputs, weight, bias)
 
+    def geometry(self, conv):
+        if conv.padding_mode != 'zeros' or conv.padding == 'same':
+            return None
+        padding = 0 if conv.padding == 'valid' else conv.padding
+        return _geometry(conv, padding, False, conv.output_padding)
+
     def linear_map(self, conv, *inputs):
         x, = inputs
-        padding = conv.padding
         if conv.padding_mode != 'zeros':
             x = F.pad(x, conv._reversed_padding_repeated_twice,
                       conv.padding_mode)
-            padding = 0
-        elif padding == 'valid':
-            padding = 0
-        elif padding == 'same':
+            padding: Any = 0
+        elif conv.padding == 'same':
             x, padding = self._pad_same(conv, x)
+        else:
+            return x, _Convolution.geometry(self, conv)
         return x, _geometry(conv, padding, False, conv.output_padding)
 
     def _pad_same(self, conv, x):
@@ -361,6 +390,9 @@ class _TransposedConvolution(ConvKind):
         ]
         return _positive(x.size(0), weight.size(1) * conv.groups, *sizes)
 
+    def geometry(self, conv):
+        return _geometry(conv, conv.padding, True, conv.output_padding)
+
     def linear_map(self, conv, x, output_size=None):
         output_padding = conv._output_padding(
             x, output_size, conv.stride, conv.padding, conv.kernel_size,
@@ -404,6 +436,9 @@ class _Linear(ConvKind):
         x, = inputs
         return F.linear(x, weight, bias)
 
+    def geometry(self, conv):
+        return Product()
+
     def linear_map(self, conv, *inputs):
         x, = inputs
         return x, Product()
@@ -414,6 +449,9 @@ class _PaddedConvolution(_Convolution):
 
     def run(self, conv, weight, bias, *inputs):
         return super().run(conv, weight, bias, self._pad(conv, *inputs))
+
+    def geometry(self, conv):
+        return None
 
     def linear_map(self, conv, *inputs):
         return super().linear_map(conv, self._pad(conv, *inputs))
@@ -446,6 +484,9 @@ class _OwnForward(_Convolution):
 
     def output_shape(self, conv, weight, *inputs):
         # It would have to be padded twice.
+        return None
+
+    def geometry(self, conv):
         return None
 
     def run(self, conv, weight, bias, *inputs):
@@ -502,10 +543,13 @@ class _TridentBranch(_Convolution):
         return F.conv2d(x, weight, bias, conv.stride, conv.padding,
                         conv.dilation)
 
+    def geometry(self, conv):
+        return Convolution(conv.stride, conv.padding, conv.dilation, False,
+                           (0, 0), 1)
+
     def linear_map(self, conv, *inputs):
         x, = inputs
-        return x, Convolution(conv.stride, conv.padding, conv.dilation, False,
-                              (0, 0), 1)
+        return x, self.geometry(conv)
 
 
 class _Trident(ConvKind):
@@ -552,11 +596,15 @@ class NormKind(_Kind):
         runs_forward (bool): Whether the fold takes the place of a call of
             ``F.batch_norm`` in the forward, not of the whole forward.
         does_more (bool): Whether a call may do more than normalize.
+        is_plain (bool): Whether a call depends on nothing but the input, the
+            module's ``__dict__`` and those in it, and the code of its class
+            and of torch.
     """
 
     takes_half = True
     runs_forward = False
     does_more = False
+    is_plain = False
 
     def tensors(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
         """Give weight, bias, running_mean and running_var.
@@ -638,6 +686,7 @@ class NormKind(_Kind):
 class _BatchNorm(NormKind):
     """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d``."""
 
+    is_plain = True
     methods = (*NormKind.methods, '_check_input_dim')
     functions = ('batch_norm', )
     operators = ('batch_norm', )
@@ -658,6 +707,7 @@ class _CallsBatchNorm(NormKind):
 class _InstanceNorm(NormKind):
     """``nn.InstanceNorm2d`` with ``track_running_stats=True``."""
 
+    is_plain = True
     methods = (*NormKind.methods, '_check_input_dim', '_apply_instance_norm')
     functions = ('instance_norm', )
     operators = ('instance_norm', )
@@ -669,6 +719,7 @@ class _InstanceNorm(NormKind):
 class _SyncBatchNormOfMMCV(NormKind):
     """MMCV's ``MMSyncBN``."""
 
+    is_plain = True
     functions = ('batch_norm', )
 
     def is_fixed(self, norm):
@@ -686,6 +737,7 @@ class _FrozenNorm(NormKind):
     """
 
     takes_half = False
+    is_plain = True
 
     def __init__(self, found: Frozen) -> None:
         self.found = found
@@ -702,6 +754,9 @@ class _FrozenNorm(NormKind):
                 for name, value in vars(base).items()
                 if not name.startswith('__') or name == '__getattr__')
         return self.seen
+
+    def reads(self, layer_type):
+        return tuple(name for name, _ in self.code(layer_type))
 
     def eps(self, norm):
         return norm.eps if self.found.eps is None else self.found.eps

@@ -83,14 +83,14 @@ def answer(promise: Any, function: Callable, args: tuple,
     if function in _RESHAPING:
         if len(args) != 2 or args[1] is not promise or args[0] is promise:
             return None
-        stand_in = _stand_in(promise, promise.output_shape())
+        stand_in = _stand_in(promise, _shape(promise))
         return None if stand_in is None else function(args[0], stand_in)
     if function not in _QUESTIONS or not args or args[0] is not promise:
         return None
-    weight = promise.weight
+    weight = promise.call.weight
     if function in _DIMENSIONS and promise.inputs[0].dim() == weight.dim():
         return weight.dim()
-    shape = () if function in _OF_THE_TENSOR else promise.output_shape()
+    shape = () if function in _OF_THE_TENSOR else _shape(promise)
     stand_in = _stand_in(promise, shape)
     return None if stand_in is None else function(stand_in, *args[1:],
                                                   **kwargs)
@@ -106,13 +106,19 @@ def _asked_by_checkpoint() -> bool:
     return False
 
 
+def _shape(promise: Any) -> tuple[int, ...] | None:
+    call = promise.call
+    return call.kind.output_shape(call.conv, call.weight, *promise.inputs)
+
+
 def _stand_in(promise: Any, shape: tuple[int, ...] | None) -> Tensor | None:
     """A tensor of the output's shape, dtype and device, without memory."""
-    x, weight, bias = promise.inputs[0], promise.weight, promise.bias
-    dtype = convolved_dtype(x, promise.context[1])
-    others = [weight] if bias is None else [weight, bias]
+    x, call = promise.inputs[0], promise.call
+    autocast_dtype = call.context[1]
+    dtype = convolved_dtype(x, autocast_dtype)
     if shape is None or any(
-            convolved_dtype(t, promise.context[1]) != dtype
-            or t.device != x.device for t in others):
+            convolved_dtype(t, autocast_dtype) != dtype
+            or t.device != x.device for t in (call.weight, call.bias)
+            if t is not None):
         return None
     return torch.empty((), dtype=dtype, device=x.device).expand(shape)

@@ -1,4 +1,6 @@
 """A convolution and its normalization that two modules call."""
+import copy
+
 import pytest
 import torch
 from torch import fx, nn
@@ -226,6 +228,8 @@ def test_hooks_on_the_way_see_what_they_would_of_stock(build, name, before):
     model = prepared(build)
     stock = stock_copy(model)
     turn_on(model)
+    compare(model, stock)
+    assert runs(model) == ['fused']
     seen = [], []
     handles = []
     for one, values in zip((model, stock), seen):
@@ -345,3 +349,20 @@ def test_a_linear_layer_on_tokens():
         stock(x[0][None, None])
     with pytest.raises(ValueError):
         model(x[0][None, None])
+
+
+def test_compiled():
+    model = prepared(FOUND['both'][0])
+    turn_on(model)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    expected = model(x)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert runs(model)[0] == 'fused'
+
+
+def test_a_copy_of_a_graph_module_is_stock_or_fused():
+    model = prepared(FOUND['traced'][0])
+    stock = stock_copy(model)
+    turn_on(model)
+    compare(copy.deepcopy(model), stock)

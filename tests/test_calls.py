@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_off, turn_on
-from mmtune.api import keep_folds
 from mmtune.calls import calls_batch_norm, convolves
 from mmtune.deferred import DeferredConv
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
@@ -300,13 +299,6 @@ def test_norms_that_do_more(build):
         model.norm.drop.train()
     stock = assert_as_stock(model, 'fused')
     x = inputs(model)
-    with torch.no_grad(), keep_folds(model):
-        for bias in (1, 2):
-            model.conv.bias.fill_(bias), stock.conv.bias.fill_(bias)
-            for one in (model, stock):
-                torch.manual_seed(3)
-                one.latest = one(x)
-            torch.testing.assert_close(model.latest, stock.latest)
     for one in (model, stock):
         one.train()
     torch.manual_seed(4)

@@ -36,6 +36,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "guard.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -1223,4 +1225,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("fold_and_run",
              torch::wrap_pybind_function_no_gil(fold_and_run));
+  module.def("like", mmtune::like);
+  module.def("all_facts_hold", mmtune::all_facts_hold);
+  module.def("unchanged", mmtune::unchanged);
+  module.def("versions", mmtune::versions);
 }

@@ -1,5 +1,4 @@
 """Put a Runner's model into one of the paper's modes, by config."""
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from mmtune.api import FoldedNorm, keep_folds, latest_runs, turn_on
+from mmtune.api import FoldedNorm, latest_runs, turn_on
+from mmtune.collect_env import native_status
 from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
+from mmtune.version import __version__
 
 __all__ = ['TuneModeHook']
 
@@ -68,7 +69,6 @@ class TuneModeHook(Hook):
         self._key_in_config: Any = None
         self._pending_deploy: dict | None = None
         self._reported = False
-        self._epoch = contextlib.ExitStack()
 
     def before_run(self, runner: Runner) -> None:
         """Turn the mode on, and keep MMEngine from doing its own rewrite.
@@ -80,7 +80,6 @@ class TuneModeHook(Hook):
             ValueError: If the key or an argument is wrong; the run stops
                 before anything is changed.
         """
-        self._epoch.close()
         _check_sole(runner)
         options = merge_options(runner.cfg.get(CONFIG_KEY), self.arguments)
         begin = options.pop('begin', None)
@@ -164,43 +163,12 @@ class TuneModeHook(Hook):
             _log_runs(runner, _unwrapped(runner.model),
                       expect_folds=self._to_begin is None)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Fold once for the whole epoch, in which nothing changes.
-
-        Args:
-            runner (Runner): The runner of the validation.
-        """
-        self._epoch.enter_context(keep_folds(runner.model))
-
-    def after_val_epoch(self,
-                        runner: Runner,
-                        metrics: dict | None = None) -> None:
-        """Fold at every call again, before anybody swaps weights back.
-
-        Args:
-            runner (Runner): The runner of the validation.
-            metrics (dict, optional): Unused.
-        """
-        self._epoch.close()
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """See :meth:`before_val_epoch`."""
-        self.before_val_epoch(runner)
-
-    def after_test_epoch(self,
-                         runner: Runner,
-                         metrics: dict | None = None) -> None:
-        """See :meth:`after_val_epoch`."""
-        self._epoch.close()
-
     def before_train_epoch(self, runner: Runner) -> None:
         """Hold the BatchNorms, where it is time to.
 
         Args:
             runner (Runner): The runner of the training process.
         """
-        # A validation that an error has cut short.
-        self._epoch.close()
         if self._to_begin is not None and runner.epoch >= self._to_begin[1]:
             self._turn_on(runner, self._to_begin[0])
             self._to_begin = None
@@ -210,6 +178,9 @@ class TuneModeHook(Hook):
         report = turn_on(_unwrapped(runner.model), **options)
         modules = options.get('modules') or 'the whole model'
         runner.logger.info(f'{report.mode} mode in {modules}:\n{report}')
+        if report.mode == 'Tune':
+            runner.logger.info(
+                f'mmtune {__version__}, native node: {native_status()}')
 
     def _weights_are_loaded(self, runner: Runner) -> None:
         if self._key_in_config is not None:

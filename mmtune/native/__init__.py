@@ -185,7 +185,13 @@ def _builds() -> Path:
     return (
         Path(root).expanduser().absolute() / 'mmtune' /
         '-'.join([torch.__version__, str(sys.implementation.cache_tag),
-                  platform.machine(), _digest(SOURCE.read_bytes())]))
+                  platform.machine(), _digest(_sources())]))
+
+
+def _sources() -> bytes:
+    """The source and what it includes."""
+    return b''.join(
+        path.read_bytes() for path in sorted(SOURCE.parent.glob('*.*')))
 
 
 def _digest(data: bytes) -> str:
