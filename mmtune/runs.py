@@ -133,8 +133,8 @@ class BlockState:
             if (conv is not None and norm is not None
                     and '_tune_conv' in conv.__dict__
                     and '_tune_norm' in norm.__dict__):
-                # Else a hook sees what passes between the two.
-                if not any(map(has_hooks, pair.modules_between(block))):
+                if not (pair.via and _may_be_seen(
+                        pair.modules_between(block))):
                     found.append((conv, norm))
             elif not self.told:
                 self._tell(pair, conv, norm)
@@ -158,6 +158,12 @@ class BlockState:
                     'stock; call turn_on again after the last replacement',
                     stacklevel=2)
                 return
+
+
+def _may_be_seen(modules: list[nn.Module]) -> bool:
+    """Whether hooks may see what modules are given or give."""
+    # torch.compile cannot look at them.
+    return torch.compiler.is_compiling() or any(map(has_hooks, modules))
 
 
 def _is_replaced(layer: Any, state: Any) -> bool:

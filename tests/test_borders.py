@@ -352,13 +352,13 @@ def test_a_linear_layer_on_tokens():
 
 
 def test_compiled():
+    """There a pair of two modules is stock."""
     model = prepared(FOUND['both'][0])
     turn_on(model)
     x = torch.randn(SHAPE, dtype=torch.float64)
     expected = model(x)
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
-    assert runs(model)[0] == 'fused'
 
 
 def test_a_copy_of_a_graph_module_is_stock_or_fused():
