@@ -29,10 +29,14 @@ from mmtune.report import Report, Row
 from mmtune.runs import BlockState, Pair, attach_block
 
 __all__ = [
-    'MODES', 'FoldedNorm', 'latest_runs', 'turn_off', 'turn_on'
+    'MODES', 'FoldedNorm', 'NothingFound', 'latest_runs', 'turn_off', 'turn_on'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
+
+
+class NothingFound(ValueError):
+    """The chosen modules hold nothing to put into a mode."""
 
 
 class FoldedNorm(nn.Identity):
@@ -93,7 +97,8 @@ def turn_on(model: nn.Module,
         TypeError: If ``model`` is no module, or ``modules`` no names.
         ValueError: If ``mode`` is not one of the four, a name in ``modules``
             does not exist, ``norm_eval`` contradicts ``mode``, or there is
-            nothing to put into that mode. The model is then as it was.
+            nothing to put into that mode (a :class:`NothingFound`). The
+            model is then as it was.
         RuntimeError: If blocks of the model are in Deploy mode already.
     """
     _check_module(model)
@@ -263,7 +268,7 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
-    raise ValueError(
+    raise NothingFound(
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
