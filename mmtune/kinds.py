@@ -1028,9 +1028,9 @@ def why_not_folded(norm: nn.Module) -> str | None:
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         if not keeps:
             return 'the BN has no running statistics'
-        overrides = ('`_check_input_dim`' if _checks_input(norm_type) else
-                     'the forward of BatchNorm')
-        return f'{name} overrides {overrides}'
+        if _checks_input(norm_type):
+            return f'{name} overrides `_check_input_dim`'
+        return f'{name} overrides the forward of BatchNorm'
     if not keeps:
         if isinstance(norm, _OF_THE_INPUT) and norm_type.__module__.startswith(
                 'torch.nn.'):
