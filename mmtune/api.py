@@ -11,7 +11,13 @@ from mmtune.behaviours import attach_conv, attach_norm
 from mmtune.buffers import ConvBuffers
 from mmtune.functional import fold, norm_coefficients
 from mmtune.held import hold_norms
-from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
+from mmtune.kinds import (
+    ConvKind,
+    NormKind,
+    conv_kind,
+    looks_like_norm,
+    norm_kind,
+)
 from mmtune.matching import (
     OWN_OPTION,
     LeftOut,
@@ -23,10 +29,14 @@ from mmtune.report import Report, Row
 from mmtune.runs import BlockState, Pair, attach_block
 
 __all__ = [
-    'MODES', 'FoldedNorm', 'latest_runs', 'turn_off', 'turn_on'
+    'MODES', 'FoldedNorm', 'NothingFound', 'latest_runs', 'turn_off', 'turn_on'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
+
+
+class NothingFound(ValueError):
+    """The chosen modules hold nothing to put into a mode."""
 
 
 class FoldedNorm(nn.Identity):
@@ -87,7 +97,8 @@ def turn_on(model: nn.Module,
         TypeError: If ``model`` is no module, or ``modules`` no names.
         ValueError: If ``mode`` is not one of the four, a name in ``modules``
             does not exist, ``norm_eval`` contradicts ``mode``, or there is
-            nothing to put into that mode. The model is then as it was.
+            nothing to put into that mode (a :class:`NothingFound`). The
+            model is then as it was.
         RuntimeError: If blocks of the model are in Deploy mode already.
     """
     _check_module(model)
@@ -257,7 +268,7 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
-    raise ValueError(
+    raise NothingFound(
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
@@ -287,6 +298,8 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             reason = 'Deploy needs a weight that is a plain parameter'
         elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
             reason = 'Deploy needs layers that are initialized'
+        elif _norm_kind(norm).does_more:
+            reason = f'{type(norm).__name__} does more than normalize'
         elif _kind(conv).weight(conv) is not conv.weight:
             reason = f'{type(conv).__name__} makes a weight of its own'
         elif 'bias' not in conv._parameters:
@@ -308,10 +321,10 @@ def _kind(conv: nn.Module) -> ConvKind:
     return kind
 
 
-def _eps(norm: nn.Module) -> float:
+def _norm_kind(norm: nn.Module) -> NormKind:
     kind = norm_kind(norm)
     assert kind is not None, 'a match has a known normalization'
-    return kind.eps(norm)
+    return kind
 
 
 # --------------------------------------------------------------------------
@@ -341,8 +354,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        kind = norm_kind(norm)
-        assert kind is not None, 'a match has a known normalization'
+        kind = _norm_kind(norm)
         if block not in states:
             states[block] = BlockState()
         states[block].pairs.append(
@@ -350,7 +362,8 @@ def _tune(model: nn.Module, matches: Matches) -> None:
                 attach_conv(match.conv, conv, norm, kind),
                 attach_norm(match.norm, norm, kind),
                 tuple(match.conv_path.split('.')),
-                tuple(match.norm_path.split('.'))))
+                tuple(match.norm_path.split('.')),
+                tuple(tuple(path.split('.')) for path in match.via)))
     for block, state in states.items():
         attach_block(block, state)
         if vars(block).get(OWN_OPTION) is not None:
@@ -374,7 +387,7 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         weight, bias = fold(
             conv.weight, conv.bias, norm.weight, norm.bias,
             *norm_coefficients(norm.running_mean, norm.running_var,
-                               _eps(norm)),
+                               _norm_kind(norm).eps(norm)),
             _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')

@@ -33,6 +33,7 @@ from mmtune.attach import (
     run_last,
 )
 from mmtune.buffers import ConvBuffers, NamedBuffers
+from mmtune.calls import is_own_batch_norm
 from mmtune.deferred import (
     DeferredConv,
     call_of,
@@ -461,6 +462,26 @@ class NormState(_LayerState):
         _note_fold(known.pair)
         return known.run(*deferred.inputs)
 
+    def receive(self, norm: nn.Module, promise: Any, *args: Any,
+                **kwargs: Any) -> Tensor | None:
+        """Fold where the forward of a normalization calls ``F.batch_norm``.
+
+        Args:
+            norm (nn.Module): The normalization.
+            promise (DeferredConv): What its forward was given, and the call.
+            *args: Other arguments of the call.
+            **kwargs: Other arguments of the call.
+
+        Returns:
+            Tensor | None: See :meth:`fold`.
+        """
+        if not is_own_batch_norm(norm, *args, **kwargs):
+            return None
+        output = self.fold(norm, promise)
+        if output is not None:
+            _note_fused(self, promise, output)
+        return output
+
 
 def _note_fold(pair: FoldablePair) -> None:
     state = vars(pair.call.conv).get('_tune_conv')
@@ -500,6 +521,7 @@ def call_norm(norm: nn.Module, args: tuple,
         output = state.fold_again(norm, args[0])
         if output is not None:
             _note_fused(state, args[0], output)
+            output = state.kind.finish(norm, output)
             args[0].handed = own['forward'], output
             return None
     if type(own.get('forward')) is not Forward:
@@ -511,9 +533,17 @@ def call_norm(norm: nn.Module, args: tuple,
         args, kwargs = _positional(norm, args, kwargs)
     output = None
     if len(args) == 1 and is_deferred(args[0]) and not kwargs:
-        output = state.fold(norm, args[0])
+        if not state.kind.runs_forward:
+            output = state.fold(norm, args[0])
+        elif thread() != COMPILING and state.is_stock(norm):
+            # The fold waits until the forward calls F.batch_norm.
+            state.ran = 'stock'
+            args[0].receiver = functools.partial(state.receive, norm)
+            _PASSED[thread()] = own['forward'], norm, args, None
+            return args, kwargs
     if output is not None:
         _note_fused(state, args[0], output)
+        output = state.kind.finish(norm, output)
     else:
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)

@@ -1,14 +1,18 @@
 """The output of a convolution that has not run yet."""
 import contextlib
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmtune import native
 from mmtune.attach import bare_copy
 from mmtune.kinds import ConvKind, parameter
+from mmtune.questions import answer
 
 __all__ = [
     'Call', 'CompiledDeferredConv', 'DeferredConv', 'call_of', 'defer',
@@ -220,7 +224,16 @@ class _Deferred:
                         f'The gradient of the output of {value.call.name!r} '
                         'was asked for, which is not computed once its '
                         f'normalization ran with it; {ADVICE}')
+        result = cls._without_running(func, args, kwargs or {})
+        if result is not None:
+            return result
         return func(*settle(args), **settle(kwargs or {}))
+
+    @classmethod
+    def _without_running(cls, func: Callable, args: tuple,
+                         kwargs: dict) -> Any:
+        """What a function gives, None where the convolution has to run."""
+        return None
 
 
 # What of a tensor its users only ask for where they want its gradient.
@@ -245,6 +258,9 @@ class DeferredConv(_Deferred, Tensor):
     # Where it was made, and by what it is known.
     run: Any = None
     known: Any = None
+    # Takes a call of F.batch_norm with the promise; gives None where that has
+    # to run.
+    receiver: Callable | None = None
 
     def take(self) -> Any:
         """Give what was handed, once."""
@@ -262,6 +278,39 @@ class DeferredConv(_Deferred, Tensor):
     def changed(self) -> bool:
         """See :class:`_Deferred`."""
         return self.fingerprints != self.current_fingerprints()
+
+    @classmethod
+    def _without_running(cls, func: Callable, args: tuple,
+                         kwargs: dict) -> Any:
+        promise = next(filter(is_deferred, args), None)
+        if promise is None or not promise.foldable():
+            return None
+        if args[0] is promise:
+            if func is F.batch_norm and promise.receiver is not None:
+                return promise.receiver(*args, **kwargs)
+            if func in (Tensor.flatten, torch.flatten):
+                return promise.flattened(*args[1:], **kwargs)
+        return answer(promise, func, args, kwargs)
+
+    def flattened(self, start_dim: int = 0,
+                  end_dim: int = -1) -> 'DeferredConv | None':
+        """Promise the flattened output, where the input may be as well.
+
+        Args:
+            start_dim (int): See ``Tensor.flatten``.
+            end_dim (int): See ``Tensor.flatten``.
+
+        Returns:
+            DeferredConv | None: None where the convolution has to run.
+        """
+        inputs = self.call.kind.flattened(*self.inputs, start_dim=start_dim,
+                                          end_dim=end_dim)
+        if inputs is None or self.run is None:
+            return None
+        promise = defer(self.call, inputs, self.inside_function)
+        promise.run = self.run
+        self.run.promises.append(weakref.ref(promise))
+        return promise
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -372,26 +421,32 @@ def _delegate_to_tensor() -> None:
     setattr(CompiledDeferredConv, '__hash__', object.__hash__)  # noqa: B010
 
 
-def settle(value: Any) -> Any:
+def settle(value: Any, run: Any = None) -> Any:
     """Replace each promise in (nested) containers by its tensor.
 
     Args:
         value: Anything; tuples, lists and dicts are searched.
+        run (BlockRun, optional): Whose promises are replaced. Defaults to
+            None: all are.
 
     Returns:
         The value itself where it holds no promise.
     """
     if is_deferred(value):
-        return value.tensor()
+        if run is None or value.run is run:
+            return value.tensor()
+        return value
     if isinstance(value, (tuple, list)):
-        settled = [settle(item) for item in value]
+        settled = [settle(item, run) for item in value]
         if all(new is old for new, old in zip(settled, value)):
             return value
         if hasattr(value, '_fields'):
             return type(value)(*settled)
         return type(value)(settled)
     if isinstance(value, dict):
-        settled_items = {key: settle(item) for key, item in value.items()}
+        settled_items = {
+            key: settle(item, run) for key, item in value.items()
+        }
         if all(settled_items[key] is value[key] for key in value):
             return value
         copied = value.copy()

@@ -14,6 +14,7 @@ from mmtune.functional import (
     norm_coefficients,
 )
 from mmtune.kinds import NormKind
+from mmtune.questions import convolved_dtype
 
 __all__ = ['FoldablePair', 'HalfRange', 'foldable_pair', 'follows',
            'inside_backward']
@@ -117,7 +118,7 @@ class FoldablePair(NamedTuple):
 
         Returns:
             Tensor | None: Shape (batch, out_channels, ...); None where the
-            two have to run apart, since float16 cannot hold the fold.
+            two have to run apart: float16 cannot hold the fold, say.
         """
         call = self.call
         x, linear_map = inputs[0], self.geometry
@@ -127,6 +128,8 @@ class FoldablePair(NamedTuple):
             mapped = call.kind.linear_map(call.conv, *inputs)
             if mapped is not None:
                 x, linear_map = mapped
+            elif call.kind.needs_map:
+                return None
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         plan = Plan.CHOOSE
@@ -163,7 +166,7 @@ def foldable_pair(norm: nn.Module, kind: NormKind, half_range: HalfRange,
         return None
     return FoldablePair(call, norm, kind, half_range, tensors,
                         kind.eps(norm), coeff_shape,
-                        _convolved_dtype(x, call.context[1]),
+                        convolved_dtype(x, call.context[1]),
                         None if len(deferred.inputs) > 1 else
                         call.kind.geometry(call.conv))
 
@@ -182,9 +185,9 @@ def _is_affine(kind: NormKind, norm: nn.Module, call: Call, x: Tensor,
     if x.dim() != weight.dim() or mean.numel() != torch.Size(
             coeff_shape).numel():
         return False
-    output_dtype = _convolved_dtype(x, autocast_dtype)
+    output_dtype = convolved_dtype(x, autocast_dtype)
     if any(t is not None
-           and _convolved_dtype(t, autocast_dtype) != output_dtype
+           and convolved_dtype(t, autocast_dtype) != output_dtype
            for t in (weight, bias)):
         return False
     norm_dtype = var.dtype
@@ -203,15 +206,3 @@ def follows(tensor: Any) -> bool:
     kind = type(tensor)
     return kind is not Tensor and isinstance(tensor, Tensor) and (
         kind.__torch_function__ is not torch._C._disabled_torch_function_impl)
-
-
-def _convolved_dtype(tensor: Tensor,
-                     autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype in which a convolution takes a tensor.
-
-    Autocast leaves float64 and what is no floating point number as they are.
-    """
-    if (autocast_dtype is None or tensor.dtype == torch.float64
-            or not tensor.is_floating_point()):
-        return tensor.dtype
-    return autocast_dtype

@@ -22,13 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtune.attach import bare_copy
+from mmtune.calls import (
+    calls_batch_norm,
+    convolution_of,
+    convolves,
+)
 from mmtune.frozen import Frozen, frozen, still_is
 from mmtune.functional import Convolution, LinearMap, Product
 
 __all__ = [
     'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'NormKind', 'conv_kind',
-    'looks_like_conv', 'looks_like_norm', 'methods_of', 'norm_kind',
-    'parameter', 'patched', 'why_not_folded'
+    'is_known_conv', 'looks_like_conv', 'looks_like_norm', 'methods_of',
+    'norm_kind', 'parameter', 'patched', 'why_not_folded'
 ]
 
 class _Kind:
@@ -83,6 +88,11 @@ def _per_dimension(setting: Any, dimensions: int) -> tuple[int, ...]:
     return numbers * dimensions if len(numbers) == 1 else numbers
 
 
+def _positive(*shape: int) -> tuple[int, ...] | None:
+    """The shape, None where a convolution would not give it."""
+    return shape if all(size > 0 for size in shape) else None
+
+
 def _geometry(conv: nn.Module, padding: Any, transposed: bool,
               output_padding: Any) -> Convolution:
     dimensions = len(conv.kernel_size)
@@ -128,9 +138,12 @@ class ConvKind(_Kind):
     Attributes:
         gives_list (bool): Whether the layer takes a list of inputs and gives
             a list of outputs, see :meth:`branches`.
+        needs_map (bool): Whether it is only known to be linear in a call for
+            which :meth:`linear_map` gives the operator.
     """
 
     gives_list = False
+    needs_map = False
 
     def weight(self, conv: nn.Module) -> Tensor:
         """Give what the input is multiplied with.
@@ -182,6 +195,35 @@ class ConvKind(_Kind):
         """
         strides = _per_dimension(conv.stride, len(conv.kernel_size))
         return conv.out_channels / conv.in_channels / math.prod(strides)
+
+    def output_shape(self, conv: nn.Module, weight: Tensor,
+                     *inputs: Any) -> tuple[int, ...] | None:
+        """Give the shape of the output, without computing it.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+            weight (Tensor): What :meth:`weight` gave.
+            *inputs: What the layer was called with.
+
+        Returns:
+            tuple[int, ...] | None: None where it is not known, or the call
+            would fail.
+        """
+        return None
+
+    def flattened(self, *inputs: Any, start_dim: int,
+                  end_dim: int) -> tuple | None:
+        """Give inputs for which the output is the flattened one.
+
+        Args:
+            *inputs: What a layer of this kind was called with.
+            start_dim (int): See ``Tensor.flatten``.
+            end_dim (int): See ``Tensor.flatten``.
+
+        Returns:
+            tuple | None: None where there are none.
+        """
+        return None
 
     def run(self, conv: nn.Module, weight: Tensor, bias: Tensor | None,
             *inputs: Any) -> Tensor:
@@ -258,6 +300,27 @@ class _Convolution(ConvKind):
     methods = (*ConvKind.methods, '_conv_forward')
     functions = ('conv1d', 'conv2d', 'conv3d')
 
+    def output_shape(self, conv, weight, *inputs):
+        x, = inputs
+        _, _, *sizes = x.shape
+        if x.dim() != weight.dim() or x.size(1) != weight.size(
+                1) * conv.groups:
+            return None
+        return _positive(x.size(0), weight.size(0),
+                         *self._output_sizes(conv, sizes, weight.shape[2:]))
+
+    def _output_sizes(self, conv, sizes, kernel):
+        reach = [d * (k - 1) for d, k in zip(
+            _per_dimension(conv.dilation, len(kernel)), kernel)]
+        if conv.padding == 'same':
+            padded = reach
+        elif conv.padding == 'valid':
+            padded = [0] * len(kernel)
+        else:
+            padded = [2 * p for p in _per_dimension(conv.padding, len(kernel))]
+        return [(size + p - r - 1) // stride + 1 for size, p, r, stride in zip(
+            sizes, padded, reach, _per_dimension(conv.stride, len(kernel)))]
+
     def run(self, conv, weight, bias, *inputs):
         return conv._conv_forward(*inputs, weight, bias)
 
@@ -315,6 +378,18 @@ class _TransposedConvolution(ConvKind):
         strides = _per_dimension(conv.stride, len(conv.kernel_size))
         return conv.out_channels / conv.in_channels * math.prod(strides)
 
+    def output_shape(self, conv, weight, x, output_size=None):
+        if x.dim() != weight.dim() or x.size(1) != weight.size(0):
+            return None
+        *_, geometry = self.linear_map(conv, x, output_size)
+        sizes = [
+            (size - 1) * stride - 2 * p + dilation * (kernel - 1) + more + 1
+            for size, kernel, stride, p, dilation, more in zip(
+                x.shape[2:], weight.shape[2:], geometry.stride,
+                geometry.padding, geometry.dilation, geometry.output_padding)
+        ]
+        return _positive(x.size(0), weight.size(1) * conv.groups, *sizes)
+
     def geometry(self, conv):
         return _geometry(conv, conv.padding, True, conv.output_padding)
 
@@ -334,7 +409,7 @@ class _TransposedConvolution(ConvKind):
 
 
 class _Linear(ConvKind):
-    """``nn.Linear`` on a matrix."""
+    """``nn.Linear``, whose output is a matrix, or is made one."""
 
     functions = ('linear', )
 
@@ -343,6 +418,19 @@ class _Linear(ConvKind):
 
     def outputs_per_input(self, conv):
         return conv.out_features / conv.in_features
+
+    def output_shape(self, conv, weight, *inputs):
+        x, = inputs
+        if x.dim() < 2 or x.size(-1) != weight.size(1):
+            return None
+        return *x.shape[:-1], weight.size(0)
+
+    def flattened(self, *inputs, start_dim, end_dim):
+        x, = inputs
+        # Not the last dimension, that of the channels.
+        if (start_dim % x.dim(), end_dim % x.dim()) != (0, x.dim() - 2):
+            return None
+        return x.flatten(start_dim, end_dim),
 
     def run(self, conv, weight, bias, *inputs):
         x, = inputs
@@ -368,6 +456,12 @@ class _PaddedConvolution(_Convolution):
     def linear_map(self, conv, *inputs):
         return super().linear_map(conv, self._pad(conv, *inputs))
 
+    def _output_sizes(self, conv, sizes, kernel):
+        if tuple(kernel) != tuple(conv.kernel_size):
+            return [0]
+        return [math.ceil(size / stride)
+                for size, stride in zip(sizes, conv.stride)]
+
     def _pad(self, conv, x):
         padding = []
         # F.pad wants the last dimension first.
@@ -378,6 +472,39 @@ class _PaddedConvolution(_Convolution):
                         (kernel - 1) * dilation + 1 - size, 0)
             padding += [total // 2, total - total // 2]
         return F.pad(x, padding) if any(padding) else x
+
+
+class _OwnForward(_Convolution):
+    """A subclass of ``nn.Conv2d`` that ends in ``F.conv2d`` in its own way.
+
+    It pads as TensorFlow does, say.
+    """
+
+    needs_map = True
+
+    def output_shape(self, conv, weight, *inputs):
+        # It would have to be padded twice.
+        return None
+
+    def geometry(self, conv):
+        return None
+
+    def run(self, conv, weight, bias, *inputs):
+        layer = bare_copy(conv)
+        vars(layer).update(_parameters={}, weight=weight, bias=bias)
+        return type(conv).forward(layer, *inputs)
+
+    def linear_map(self, conv, *inputs):
+        x, = inputs
+        call = convolution_of(conv, x)
+        if call is None or isinstance(call['padding'], str):
+            return None
+        dimensions = len(conv.kernel_size)
+        stride, padding, dilation = (
+            _per_dimension(call[name], dimensions)
+            for name in ('stride', 'padding', 'dilation'))
+        return call['input'], Convolution(stride, padding, dilation, False,
+                                          (0, ) * dimensions, call['groups'])
 
 
 class _StandardizedConvolution(_Convolution):
@@ -466,12 +593,17 @@ class NormKind(_Kind):
     Attributes:
         takes_half (bool): Whether float32 statistics and a half precision
             ``x`` give a half precision output.
+        runs_forward (bool): Whether the fold takes the place of a call of
+            ``F.batch_norm`` in the forward, not of the whole forward.
+        does_more (bool): Whether a call may do more than normalize.
         is_plain (bool): Whether a call depends on nothing but the input, the
             module's ``__dict__`` and those in it, and the code of its class
             and of torch.
     """
 
     takes_half = True
+    runs_forward = False
+    does_more = False
     is_plain = False
 
     def tensors(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
@@ -529,6 +661,18 @@ class NormKind(_Kind):
         return (not norm.training and buffers.get('running_mean') is not None
                 and buffers.get('running_var') is not None)
 
+    def finish(self, norm: nn.Module, output: Tensor) -> Tensor:
+        """Do what the forward does after it has normalized.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+            output (Tensor): Normalized.
+
+        Returns:
+            Tensor: What the forward gives.
+        """
+        return output
+
     def check_input(self, norm: nn.Module, x: Tensor) -> None:
         """Raise what the normalization would raise of its input's shape.
 
@@ -546,6 +690,18 @@ class _BatchNorm(NormKind):
     methods = (*NormKind.methods, '_check_input_dim')
     functions = ('batch_norm', )
     operators = ('batch_norm', )
+
+
+class _CallsBatchNorm(NormKind):
+    """What normalizes by ``F.batch_norm``, and does more (activates, say)."""
+
+    functions = ('batch_norm', )
+    operators = ('batch_norm', )
+    runs_forward = True
+    does_more = True
+
+    def check_input(self, norm, x):
+        pass
 
 
 class _InstanceNorm(NormKind):
@@ -585,6 +741,7 @@ class _FrozenNorm(NormKind):
 
     def __init__(self, found: Frozen) -> None:
         self.found = found
+        self.does_more = bool(found.rest)
         self.seen: tuple = ()
 
     def code(self, layer_type):
@@ -606,6 +763,11 @@ class _FrozenNorm(NormKind):
 
     def computes_formula(self, norm, x):
         return x.dim() == 4 and still_is(norm, self.found)
+
+    def finish(self, norm, output):
+        for name in self.found.rest:
+            output = getattr(norm, name)(output)
+        return output
 
     def is_fixed(self, norm):
         return True
@@ -645,6 +807,9 @@ NORM_KINDS: dict[str, NormKind] = {
     'mmcv.ops.sync_bn.SyncBatchNorm': _SyncBatchNormOfMMCV(),
 }
 
+_OWN_FORWARD = _OwnForward()
+_CALLS_BATCH_NORM = _CallsBatchNorm()
+
 Kind = TypeVar('Kind', ConvKind, NormKind)
 
 
@@ -665,12 +830,26 @@ def conv_kind(conv_type: type) -> ConvKind | None:
         conv_type (type): Class of the module.
 
     Returns:
-        ConvKind | None: None for anything that must run as it is.
+        ConvKind | None: None for anything that must run as it is. A kind
+        that ``needs_map`` depends on the module, see :func:`is_known_conv`.
     """
     kind, known = _known(conv_type, CONV_KINDS)
-    same = _same_code(conv_type, known, '__call__', 'forward',
-                      '_conv_forward', '_output_padding', '_get_weight')
-    return kind if same else None
+    if _same_code(conv_type, known, '__call__', 'forward', '_conv_forward',
+                  '_output_padding', '_get_weight'):
+        return kind
+    if type(kind) is _Convolution and _same_code(conv_type, known, '__call__'):
+        return _OWN_FORWARD
+    return None
+
+
+def is_known_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution that may be folded.
+
+    Args:
+        module (nn.Module): Any module.
+    """
+    kind = conv_kind(type(module))
+    return kind is not None and (not kind.needs_map or convolves(module))
 
 
 def norm_kind(norm: nn.Module) -> NormKind | None:
@@ -687,11 +866,19 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
     """
     norm_type = type(norm)
     kind, known = _known(norm_type, NORM_KINDS)
+    if (kind is not None and not _checks_input(norm_type)
+            and _same_code(norm_type, known, '__call__', 'forward')):
+        return kind
     if kind is None:
         found = frozen(norm)
-        return _FrozenNorm(found) if isinstance(found, Frozen) else None
-    same = _same_code(norm_type, known, '__call__', 'forward')
-    return kind if same and not _checks_input(norm_type) else None
+        if isinstance(found, Frozen):
+            return _FrozenNorm(found)
+    if ('running_mean' in norm._buffers
+            and norm_type.__call__ is nn.Module.__call__
+            and not isinstance(norm, torch.jit.ScriptModule)
+            and calls_batch_norm(norm)):
+        return _CALLS_BATCH_NORM
+    return None
 
 
 def _checks_input(norm_type: type) -> bool:
@@ -809,12 +996,12 @@ def looks_like_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.modules.batchnorm._NormBase, *_OF_THE_INPUT)):
         return True
-    if (looks_like_conv(module) or isinstance(module, nn.Identity)
-            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
-        return False
     own = _own_tensors(module)
     if {'running_mean', 'running_var'} <= own.keys():
         return True
+    if (looks_like_conv(module) or isinstance(module, nn.Identity)
+            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
+        return False
     # A scale and a shift of each channel, as an AffineChannel has.
     affine = (own.keys() == {'weight', 'bias'}
               and own['weight'].dim() == own['bias'].dim() == 1)
@@ -836,12 +1023,14 @@ def why_not_folded(norm: nn.Module) -> str | None:
     norm_type = type(norm)
     name = norm_type.__name__
     keeps = 'running_mean' in _own_tensors(norm)
+    if keeps and norm_kind(norm) is not None:
+        return None
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not keeps:
+            return 'the BN has no running statistics'
         if _checks_input(norm_type):
             return f'{name} overrides `_check_input_dim`'
-        if norm_kind(norm) is None:
-            return f'{name} overrides the forward of BatchNorm'
-        return None if keeps else 'the BN has no running statistics'
+        return f'{name} overrides the forward of BatchNorm'
     if not keeps:
         if isinstance(norm, _OF_THE_INPUT) and norm_type.__module__.startswith(
                 'torch.nn.'):
@@ -851,6 +1040,4 @@ def why_not_folded(norm: nn.Module) -> str | None:
     found = frozen(norm)
     if isinstance(found, str):
         return found
-    if norm_kind(norm) is None:
-        return f'{name} is not a normalization that mmtune knows'
-    return None
+    return f'{name} is not a normalization that mmtune knows'

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from mmtune import native
-from mmtune.attach import Hook, Override, attach
+from mmtune.attach import (
+    BACKWARD_HOOKS,
+    HOOKS,
+    Hook,
+    Override,
+    attach,
+    has_hooks,
+)
 from mmtune.deferred import (
     Call,
     CompiledDeferredConv,
@@ -38,12 +45,20 @@ class Pair(NamedTuple):
         norm (NormState): State of the normalization.
         conv_path (tuple[str]): Where the block has the convolution.
         norm_path (tuple[str]): Where the block has the normalization.
+        via (tuple[tuple[str]]): Where it has the modules that are given what
+            passes between the two, or give it.
     """
 
     conv: Any
     norm: Any
     conv_path: tuple[str, ...]
     norm_path: tuple[str, ...]
+    via: tuple[tuple[str, ...], ...] = ()
+
+    def modules_between(self, block: nn.Module) -> list[nn.Module]:
+        """The modules that are given what passes between the two."""
+        modules = (at(block, path) for path in self.via)
+        return [module for module in modules if module is not None]
 
 
 def at(module: Any, path: tuple[str, ...]) -> Any:
@@ -101,8 +116,15 @@ class BlockState:
                 for end in range(1, len(path)):
                     holder = at(block, path[:end])
                     holders[id(holder)] = holder
-        return entries(*[holder._modules for holder in holders.values()
-                         if holder is not None])
+        hooks = {
+            id(dicts): dicts
+            for pair in self.pairs for module in pair.modules_between(block)
+            for dicts in (vars(module)[name]
+                          for name in (*HOOKS, *BACKWARD_HOOKS))
+        }
+        return entries(
+            *[holder._modules for holder in holders.values()
+              if holder is not None], *hooks.values())
 
     def _find(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         found = []
@@ -111,7 +133,9 @@ class BlockState:
             if (conv is not None and norm is not None
                     and '_tune_conv' in conv.__dict__
                     and '_tune_norm' in norm.__dict__):
-                found.append((conv, norm))
+                if not (pair.via and _may_be_seen(
+                        pair.modules_between(block))):
+                    found.append((conv, norm))
             elif not self.told:
                 self._tell(pair, conv, norm)
         return found
@@ -134,6 +158,12 @@ class BlockState:
                     'stock; call turn_on again after the last replacement',
                     stacklevel=2)
                 return
+
+
+def _may_be_seen(modules: list[nn.Module]) -> bool:
+    """Whether hooks may see what modules are given or give."""
+    # torch.compile cannot look at them.
+    return torch.compiler.is_compiling() or any(map(has_hooks, modules))
 
 
 def _is_replaced(layer: Any, state: Any) -> bool:
@@ -220,7 +250,9 @@ class BlockRun:
         if not self.promises or self._handled_error() is not self.error:
             return output
         if type(output) is not torch.Tensor:
-            output = settle(output)
+            # Those of an outer run may go on, to a normalization there.
+            output = settle(
+                output, None if self.key == COMPILING else self)
         if self.key != COMPILING:
             for reference in self.promises:
                 deferred = reference()

@@ -9,10 +9,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from mmtune.api import FoldedNorm, latest_runs, turn_on
+from mmtune.api import FoldedNorm, NothingFound, latest_runs, turn_on
 from mmtune.collect_env import native_status
 from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
+from mmtune.report import Row
 from mmtune.version import __version__
 
 __all__ = ['TuneModeHook']
@@ -31,6 +32,9 @@ class TuneModeHook(Hook):
     or a dict of the arguments below. Without the key it is the whole model.
     Arguments of the hook win over the key. MMEngine's own rewrite does not
     run where this hook is.
+
+    A model with nothing to turn on trains as stock, with a warning; an empty
+    list in the key asks for nothing.
 
     Deploy mode folds after the weights are loaded, just before training; it
     can neither resume nor go with an ``EMAHook``.
@@ -69,6 +73,8 @@ class TuneModeHook(Hook):
         self._key_in_config: Any = None
         self._pending_deploy: dict | None = None
         self._reported = False
+        # Of the table that the log shows already.
+        self._rows: list[Row] = []
 
     def before_run(self, runner: Runner) -> None:
         """Turn the mode on, and keep MMEngine from doing its own rewrite.
@@ -81,7 +87,12 @@ class TuneModeHook(Hook):
                 before anything is changed.
         """
         _check_sole(runner)
-        options = merge_options(runner.cfg.get(CONFIG_KEY), self.arguments)
+        key = runner.cfg.get(CONFIG_KEY)
+        options = merge_options(key, self.arguments)
+        if _asks_for_nothing(key) and options.get('modules') == key:
+            runner.logger.info(
+                f'`{CONFIG_KEY}` names no modules: no mode is turned on')
+            return
         begin = options.pop('begin', None)
         if begin is not None:
             _check_begin(runner, begin, options)
@@ -175,9 +186,22 @@ class TuneModeHook(Hook):
             self._reported = False
 
     def _turn_on(self, runner: Runner, options: dict) -> None:
-        report = turn_on(_unwrapped(runner.model), **options)
+        try:
+            report = turn_on(_unwrapped(runner.model), **options)
+        except NothingFound as nothing:
+            runner.logger.warning(f'{nothing}. The model runs as stock')
+            return
+        except ValueError as error:
+            if self.arguments['modules'] is not None:
+                raise
+            # By the name that the user wrote.
+            raise ValueError(
+                str(error).replace('`modules`', f'`{CONFIG_KEY}`')) from error
         modules = options.get('modules') or 'the whole model'
-        runner.logger.info(f'{report.mode} mode in {modules}:\n{report}')
+        is_known = report.rows == self._rows
+        table = report.summary() if is_known else f'\n{report}'
+        self._rows = report.rows
+        runner.logger.info(f'{report.mode} mode in {modules}: {table}')
         if report.mode == 'Tune':
             runner.logger.info(
                 f'mmtune {__version__}, native node: {native_status()}')
@@ -200,6 +224,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # `torch.compile(model)`
         else:
             return model
+
+
+def _asks_for_nothing(key: Any) -> bool:
+    return isinstance(key, (list, tuple)) and not key
 
 
 def _is_deployed(runner: Runner) -> bool:

@@ -165,13 +165,18 @@ def test_norm_eval_by_key(tmp_path):
 
 
 WRONG = {
-    'typo in a name': ('bakbone', {}, "no submodule 'bakbone'"),
+    'typo in a name': ('bakbone', {},
+                       "`efficient_conv_bn_eval` names 'bakbone', but the"),
+    'typo in a name of a dict': (dict(modules=['neck', 'bakbone']), {},
+                                 "`efficient_conv_bn_eval` names 'bakbone'"),
+    'no names of a dict': (dict(modules=[]), {}, 'at least one submodule'),
+    'no names': (None, dict(modules=[]), '`modules` must name at least one'),
     'typo in an option': (dict(modul=['backbone']), {},
                           'norm_eval, begin, but got modul'),
     'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
-    'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),
-    'nothing to tune': ('head', {}, 'nothing to put into Tune mode'),
+    'wrong argument': (None, dict(modules='bakbone'),
+                       "`modules` names 'bakbone'"),
     'a switch for a name': (False, {}, 'must be a name, a list of names'),
 }
 
@@ -190,6 +195,40 @@ def test_mistakes_stop_before_training(key, arguments, message, flexible,
     with pytest.raises(ValueError, match=message):
         runner.train()
     assert losses(runner) == []
+
+
+@pytest.mark.parametrize('flexible', [False, True])
+@pytest.mark.parametrize('mode', ['Tune', 'Deploy'])
+def test_nothing_to_turn_on_is_a_warning(mode, flexible, tmp_path):
+    stock = train(tmp_path / 'stock', flexible)
+    runner = train(
+        tmp_path / 'hook', flexible, default_hooks=TUNE,
+        **{KEY: dict(modules=['head'], mode=mode)})
+    assert losses(runner) == losses(stock)
+    log = logged(runner)
+    assert log.count(f'nothing to put into {mode} mode') == 1
+    assert 'no normalization. The model runs as stock' in log
+
+
+@pytest.mark.parametrize('flexible', [False, True])
+def test_an_empty_list_turns_nothing_on(flexible, tmp_path):
+    """As in MMEngine."""
+    runner = train(tmp_path, flexible, default_hooks=TUNE, **{KEY: []})
+    assert latest_runs(runner.model) == {} and losses(runner)
+    assert runner.cfg[KEY] == []
+    assert 'names no modules: no mode is turned on' in logged(runner)
+
+
+def test_the_table_is_logged_once(tmp_path):
+    runner = build_runner(
+        tmp_path, default_hooks=TUNE, validate=True,
+        test_dataloader=toy.loader(), test_cfg=dict(),
+        test_evaluator=dict(type='ToyAccuracy'))
+    runner.train()
+    runner.test()
+    log = logged(runner)
+    assert log.count('backbone.0  backbone.1  Tune') == 1
+    assert log.count('Tune mode in the whole model: ') == 2
 
 
 def test_unknown_argument_of_the_hook(tmp_path):
