@@ -197,7 +197,9 @@ def test_paths_exist(page):
     found = re.findall(
         r'`((?:mmtune|tests|tools|configs|docs|requirements)/[\w./-]*)`',
         prose(page))
-    assert [path for path in found if not (ROOT / path).exists()] == []
+    # What `make docs` builds may be there or not.
+    assert [path for path in found if not (ROOT / path).exists()
+            and not path.startswith('docs/_build')] == []
 
 
 @functools.cache
