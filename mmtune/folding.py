@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from mmtune.deferred import Call
 from mmtune.functional import (
     LinearMap,
-    Plan,
     fold,
     fold_and_run_norm,
     native_node,
@@ -132,17 +131,15 @@ class FoldablePair(NamedTuple):
                 return None
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
-        plan = Plan.CHOOSE
-        if x.dtype == torch.float16 and not self.half_range.fits(self):
-            # Scaling the map computes in the range that Eval computes in.
-            plan = Plan.SCALE
-            if linear_map is None or native_node(x, call.weight) is None:
-                return None
+        # The native node scales such maps, in the range that Eval computes in.
+        if x.dtype == torch.float16 and (
+                linear_map is None or native_node(x, call.weight) is None
+        ) and not self.half_range.fits(self):
+            return None
         if linear_map is None:
             return call.kind.run(call.conv, *self.fold(), *inputs)
         return fold_and_run_norm(linear_map, x, call.weight, call.bias,
-                                 *self.tensors, self.eps, self.coeff_shape,
-                                 plan)
+                                 *self.tensors, self.eps, self.coeff_shape)
 
 
 def foldable_pair(norm: nn.Module, kind: NormKind, half_range: HalfRange,

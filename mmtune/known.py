@@ -129,7 +129,7 @@ def know(block_facts: tuple, pair: FoldablePair, x: Tensor) -> Known | None:
     facts = (*_ELSEWHERE, *block_facts, *_facts(conv, conv_kind),
              *_facts(norm, norm_kind))
     arguments = None
-    if x.is_cpu and x.dtype == pair.dtype != torch.float16:
+    if x.is_cpu and x.dtype == pair.dtype:
         arguments = (*tensors, pair.eps, *native_geometry(pair.geometry),
                      Plan.CHOOSE)
     return Known(pair, tensors, facts, node.like(x, tensors), node, arguments)

@@ -234,6 +234,10 @@ _WRAPS: tuple[Callable | None, ...] = (
             for wrap in (_tuple_of, _list_of)])
 
 
+# Their forwards change what a copy shares, such as the shards of FSDP.
+_WRAPPERS = ('torch.distributed.', 'torch.nn.parallel.')
+
+
 def trace(block: nn.Module) -> Traces:
     """Trace a module's forward, which changes nothing in it.
 
@@ -249,6 +253,9 @@ def trace(block: nn.Module) -> Traces:
         return Traces([block.graph], True, None)
     if isinstance(block, torch.jit.ScriptModule):
         return Traces([], False, 'its code was generated for this instance')
+    # Not the class's: `fully_shard` makes one in which the forward is stock.
+    if getattr(type(block).forward, '__module__', '').startswith(_WRAPPERS):
+        return Traces([], False, 'its forward is that of a wrapper of torch')
     with _random_state_kept():
         graph, guessed, error = _trace_branch(block, False)
         if not guessed:
