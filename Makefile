@@ -7,7 +7,11 @@ PYTHON ?= python3
 # Threads that wait by spinning starve those of another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test test-all reproduce lint clean
+# A process takes up to three GB.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+    --dist worksteal
+
+.PHONY: env demo test test-all reproduce lint docs wheel clean
 
 env:
 	@$(PYTHON) requirements/install.py
@@ -16,10 +20,10 @@ demo: env
 	.venv/bin/python tools/demo.py
 
 test: env
-	.venv/bin/python -m pytest -m 'not exhaustive'
+	$(PYTEST) -m 'not exhaustive'
 
 test-all: env
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 # Measures every figure of docs/en/reproduction.md anew.
 reproduce: env
@@ -29,9 +33,23 @@ lint: env
 	.venv/bin/ruff check
 	.venv/bin/mypy
 
+# Builds the site into docs/_build/html; a warning or a dead link is an error.
+docs: env
+	@.venv/bin/python requirements/install.py docs
+	.venv/bin/python -m sphinx --builder html --fail-on-warning --keep-going \
+	    --fresh-env --quiet --conf-dir docs/en . docs/_build/html
+	@echo 'The first page is docs/_build/html/index.html.'
+
+# Builds the wheel and the source archive into dist/, and checks both.
+wheel: env
+	@.venv/bin/python requirements/install.py release
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
+	.venv/bin/python -m twine check --strict dist/*
+
 # Leaves .venv, data, checkpoints and work_dirs, which cost long to remake.
 clean:
-	rm -rf build dist *.egg-info
+	rm -rf build dist docs/_build *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find configs mmtune requirements tests tools -name __pycache__ \
 	    -prune -exec rm -rf {} +

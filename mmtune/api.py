@@ -1,7 +1,6 @@
 """``turn_on`` and ``turn_off``: put a model into one of the paper's modes."""
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +12,13 @@ from mmtune.behaviours import attach_conv, attach_norm
 from mmtune.buffers import ConvBuffers
 from mmtune.functional import fold, norm_coefficients
 from mmtune.held import hold_norms
-from mmtune.kinds import ConvKind, conv_kind, looks_like_norm, norm_kind
+from mmtune.kinds import (
+    ConvKind,
+    NormKind,
+    conv_kind,
+    looks_like_norm,
+    norm_kind,
+)
 from mmtune.matching import (
     OWN_OPTION,
     LeftOut,
@@ -25,10 +30,14 @@ from mmtune.report import Report, Row
 from mmtune.runs import BlockState, Pair, attach_block
 
 __all__ = [
-    'MODES', 'FoldedNorm', 'keep_folds', 'latest_runs', 'turn_off', 'turn_on'
+    'MODES', 'FoldedNorm', 'NothingFound', 'latest_runs', 'turn_off', 'turn_on'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
+
+
+class NothingFound(ValueError):
+    """The chosen modules hold nothing to put into a mode."""
 
 
 class FoldedNorm(nn.Identity):
@@ -98,7 +107,7 @@ def turn_on(model: nn.Module,
         ValueError: If ``mode`` is not one of the four, a name in ``modules``
             does not exist, ``norm_eval`` contradicts ``mode``,
             ``activations`` is no bool, or there is nothing to put into that
-            mode. The model is then as it was.
+            mode (a :class:`NothingFound`). The model is then as it was.
         RuntimeError: If blocks of the model are in Deploy mode already.
     """
     _check_module(model)
@@ -145,33 +154,6 @@ def turn_off(model: nn.Module) -> None:
     _check_module(model)
     _check_not_deployed(model)
     _release(model)
-
-
-@contextlib.contextmanager
-def keep_folds(model: nn.Module) -> Iterator[None]:
-    """Fold once, not at every call, while nothing changes.
-
-    For validation: inside, a block in Tune mode that needs no gradient goes
-    on with its first fold, at the cost of Deploy mode. A parameter or a
-    statistic that is replaced or changed in place is noticed and folded
-    anew. One that is changed through ``.data`` is not: torch keeps no trace
-    of that, which is why folds are not kept elsewhere.
-
-    Args:
-        model (nn.Module): After :func:`turn_on`.
-    """
-    states = [
-        vars(module)[name] for module in model.modules()
-        for name in ('_tune_conv', '_tune_norm') if name in vars(module)
-    ]
-    before = [state.keeps_fold for state in states]
-    for state in states:
-        state.keep_folds(True)
-    try:
-        yield
-    finally:
-        for state, kept in zip(states, before):
-            state.keep_folds(kept)
 
 
 def latest_runs(model: nn.Module) -> dict[str, str]:
@@ -306,7 +288,7 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
     text = ', '.join(f'{count} {name}' for name, count in found.items())
     reasons = Counter(row.reason for row in matches.left_out)
     why = ''.join(f'; {count} x {reason}' for reason, count in reasons.items())
-    raise ValueError(
+    raise NothingFound(
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
@@ -336,6 +318,8 @@ def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             reason = 'Deploy needs a weight that is a plain parameter'
         elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
             reason = 'Deploy needs layers that are initialized'
+        elif _norm_kind(norm).does_more:
+            reason = f'{type(norm).__name__} does more than normalize'
         elif _kind(conv).weight(conv) is not conv.weight:
             reason = f'{type(conv).__name__} makes a weight of its own'
         elif 'bias' not in conv._parameters:
@@ -357,10 +341,10 @@ def _kind(conv: nn.Module) -> ConvKind:
     return kind
 
 
-def _eps(norm: nn.Module) -> float:
+def _norm_kind(norm: nn.Module) -> NormKind:
     kind = norm_kind(norm)
     assert kind is not None, 'a match has a known normalization'
-    return kind.eps(norm)
+    return kind
 
 
 # --------------------------------------------------------------------------
@@ -390,8 +374,7 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        kind = norm_kind(norm)
-        assert kind is not None, 'a match has a known normalization'
+        kind = _norm_kind(norm)
         if block not in states:
             states[block] = BlockState()
         states[block].pairs.append(
@@ -399,7 +382,8 @@ def _tune(model: nn.Module, matches: Matches) -> None:
                 attach_conv(match.conv, conv, norm, kind),
                 attach_norm(match.norm, norm, kind),
                 tuple(match.conv_path.split('.')),
-                tuple(match.norm_path.split('.'))))
+                tuple(match.norm_path.split('.')),
+                tuple(tuple(path.split('.')) for path in match.via)))
     for block, state in states.items():
         attach_block(block, state)
         if vars(block).get(OWN_OPTION) is not None:
@@ -423,7 +407,7 @@ def _deploy(model: nn.Module, matches: Matches) -> None:
         weight, bias = fold(
             conv.weight, conv.bias, norm.weight, norm.bias,
             *norm_coefficients(norm.running_mean, norm.running_var,
-                               _eps(norm)),
+                               _norm_kind(norm).eps(norm)),
             _kind(conv).coeff_shape(conv, conv.weight.shape))
         if conv.bias is None:
             conv.bias = norm._parameters.get('bias')

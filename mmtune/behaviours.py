@@ -33,23 +33,25 @@ from mmtune.attach import (
     run_last,
 )
 from mmtune.buffers import ConvBuffers, NamedBuffers
+from mmtune.calls import is_own_batch_norm
 from mmtune.deferred import (
-    fingerprint,
+    DeferredConv,
+    call_of,
     inside_autograd_function,
     is_deferred,
     settle,
 )
-from mmtune.functional import (
-    Plan,
-    fold,
-    fold_and_run_norm,
-    native_node,
-    needs_gradient,
-    norm_coefficients,
-    run_folded,
+from mmtune.folding import (
+    FoldablePair,
+    HalfRange,
+    foldable_pair,
+    follows,
+    inside_backward,
 )
+from mmtune.functional import native_node
 from mmtune.kinds import ConvKind, NormKind, conv_kind, methods_of, patched
-from mmtune.runs import BlockRun, runs, thread
+from mmtune.known import CALL, know
+from mmtune.runs import COMPILING, BlockRun, BlockState, runs, thread
 
 __all__ = ['ConvState', 'NormState', 'attach_conv', 'attach_norm']
 
@@ -59,15 +61,6 @@ __all__ = ['ConvState', 'NormState', 'attach_conv', 'attach_norm']
 # or than this share of the weight, the stock modules take less time.
 SMALL_MAP = 65536
 SMALL_SHARE = 1 / 8
-
-# How much a folded weight may change before it leaves float16's range, where
-# numbers overflow or lose their digits, and how many folds may pass before it
-# is looked at again.
-HALF_MARGIN = 16
-HALF_CHECK_INTERVAL = 64
-
-# Who replaces these sees what every module gives.
-CALL = nn.Module.__call__, nn.Module._call_impl
 
 # By thread, what a pre-hook hands to the forward on the instance that runs
 # next: that forward, the module, its arguments, and the output, None where the
@@ -79,6 +72,10 @@ class Forward(Override):
     """Lets the result of the pre-hook through, or runs the stock forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and type(args[0]) is DeferredConv:
+            deferred = args[0]
+            if deferred.handed is not None and deferred.handed[0] is self:
+                return deferred.take()
         passed = _PASSED.pop(thread(), None)
         if passed is None or passed[0] is not self:
             return self.run_stock(self.module, settle(args), settle(kwargs))
@@ -116,8 +113,6 @@ class _LayerState:
             others were in their place when it was turned on.
         methods (frozenset[str]): What must not be replaced on the instance.
         is_on (bool): Whether it was not turned off.
-        keeps_fold (bool): Whether a fold that no gradient needs may serve
-            again.
     """
 
     def __init__(self, name: str, layer: nn.Module, kind: Any) -> None:
@@ -128,7 +123,6 @@ class _LayerState:
         self.code = None if patched(type(layer), kind) else kind.code(final)
         self.methods = methods_of(type(layer))
         self.is_on = True
-        self.keeps_fold = False
 
     def is_stock(self, layer: nn.Module) -> bool:
         """Whether a layer runs the code that it is known by."""
@@ -152,7 +146,6 @@ class ConvState(_LayerState):
             output channel multiplies the weight; None where it is not known.
         least_input (int): From how many elements of its input on the
             convolution is not small.
-        least_kept (int): The same where the fold costs nothing.
         deferred (bool): Whether the latest call that was not small deferred,
             or could have.
         stays_inside (bool): Whether an autograd function that called the
@@ -170,14 +163,9 @@ class ConvState(_LayerState):
         shape = kind.shape(conv)
         self.coeff_shape = None if 0 in shape else kind.coeff_shape(
             conv, shape)
-        self.least_input = _least_input(conv, kind, SMALL_SHARE)
-        self.least_kept = _least_input(conv, kind, 0)
+        self.least_input = _least_input(conv, kind)
         self.deferred = False
         self.stays_inside = False
-
-    def keep_folds(self, keeps: bool) -> None:
-        """Note whether a fold may cost nothing."""
-        self.keeps_fold = keeps
 
     def note_fold(self, norm: nn.Module, kind: NormKind,
                   coeff_shape: tuple[int, ...]) -> None:
@@ -191,21 +179,23 @@ class ConvState(_LayerState):
             # A fold is a few kernels there, and a question to the size another
             # graph.
             return False
-        kept = self.keeps_fold and not torch.is_grad_enabled()
-        least = self.least_kept if kept else self.least_input
-        return (isinstance(x, Tensor) and x.numel() < least
+        return (isinstance(x, Tensor) and x.numel() < self.least_input
                 and native_node(x, x) is None)
 
-    def promise(self, conv: nn.Module, inputs: tuple) -> Any:
+    def promise(self, conv: nn.Module, inputs: tuple, key: int) -> Any:
         """Promise the output, or a list of them; None where it must run."""
         x = inputs[0]
-        run = self._run_of_call(conv, x)
+        run = self._run_of_call(conv, x, key)
         if run is None:
             return None
+        inside_function = inside_autograd_function()
         if self.kind.gives_list:
             return [
-                run.promise(self.name, *branch)
-                for branch in self.kind.branches(conv, *inputs)
+                run.promise(
+                    call_of(self.name, branch, kind, branch_inputs[0]),
+                    branch_inputs, inside_function)
+                for kind, branch, branch_inputs in self.kind.branches(
+                    conv, *inputs)
             ]
         if not isinstance(x, Tensor):
             return None
@@ -214,19 +204,41 @@ class ConvState(_LayerState):
         if channels and x.dim() > 1 and x.size(1) != channels:
             # Stock's error comes from the convolution, not later.
             return None
-        return run.promise(self.name, self.kind, conv, inputs)
+        return run.promise(
+            call_of(self.name, conv, self.kind, x), inputs, inside_function)
 
-    def _run_of_call(self, conv: nn.Module, x: Any) -> BlockRun | None:
+    def promise_again(self, conv: nn.Module, x: Any, key: int) -> Any:
+        """Promise what was promised before, where nothing has changed.
+
+        Args:
+            conv (nn.Module): The convolution.
+            x: Its only argument.
+            key (int): The thread.
+
+        Returns:
+            DeferredConv | None: None where all has to be checked.
+        """
+        run = runs(key)
+        if run is None or run.inside_function:
+            return None
+        known = run.state.known.get(conv)
+        if known is None or not known.holds(x):
+            return None
+        self.deferred = True
+        return run.promise(known.pair.call, (x, ), known=known)
+
+    def _run_of_call(self, conv: nn.Module, x: Any,
+                     key: int) -> BlockRun | None:
         """The run that the current call may make a promise in, if any."""
-        run = runs()
+        run = runs(key)
         while run is not None and not _waits(run, conv, self, x):
             run = run.outer
-        if run is None and _inside_backward():
+        if run is None and inside_backward():
             # An activation checkpoint runs a part of the block's forward
             # anew, and has to meet there what it met the first time.
             if not self.deferred or why_not_defer(conv, self, self.norm, x):
                 return None
-            run = BlockRun(conv, [], None)
+            run = BlockRun(conv, BlockState(), [], None, key)
             # Nobody else would settle what a hook in backward asks for.
             torch.autograd.Variable._execution_engine.queue_callback(
                 functools.partial(run.finish, None))
@@ -246,8 +258,8 @@ class ConvState(_LayerState):
 def _waits(run: BlockRun, conv: nn.Module, state: ConvState, x: Any) -> bool:
     """Whether a normalization in a run waits for the convolution."""
     for own, norm in run.pairs:
-        if own is conv:
-            norm_state = norm._tune_norm
+        norm_state = norm.__dict__.get('_tune_norm')
+        if own is conv and norm_state is not None:
             norm_state.why_stock = why_not_defer(conv, state, norm, x)
             if norm_state.why_stock is None:
                 return True
@@ -282,22 +294,9 @@ def why_not_defer(conv: nn.Module, state: ConvState, norm: nn.Module,
     if (type(norm.__dict__.get('forward')) is not Forward
             or not state.is_stock(conv)):
         return 'a method of the two was replaced'
-    if type(x) is not Tensor and _follows(x):
+    if type(x) is not Tensor and follows(x):
         return 'a tensor of its own type follows what is done to it'
     return 'small' if state.is_small(x) else None
-
-
-def _follows(tensor: Any) -> bool:
-    """Whether a tensor's own type sees what functions do with it."""
-    kind = type(tensor)
-    return kind is not Tensor and isinstance(tensor, Tensor) and (
-        kind.__torch_function__ is not torch._C._disabled_torch_function_impl)
-
-
-def _inside_backward() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
 
 
 def _inside_transform() -> bool:
@@ -313,7 +312,7 @@ def _inside_transform() -> bool:
                         for mode in _get_current_function_mode_stack()))
 
 
-def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
+def _least_input(conv: nn.Module, kind: ConvKind) -> int:
     """From how many elements of its input on a convolution is not small.
 
     0 for one that does not know its channels yet.
@@ -321,7 +320,7 @@ def _least_input(conv: nn.Module, kind: ConvKind, share: float) -> int:
     weight_size = math.prod(kind.shape(conv))
     if weight_size == 0:
         return 0
-    map_size = max(SMALL_MAP, share * weight_size)
+    map_size = max(SMALL_MAP, SMALL_SHARE * weight_size)
     return math.ceil(map_size / kind.outputs_per_input(conv))
 
 
@@ -343,6 +342,14 @@ def call_conv(conv: nn.Module, args: tuple,
     if kwargs is None:
         return None
     own = conv.__dict__
+    state = own.get('_tune_conv')
+    key = thread()
+    if (key != COMPILING and state is not None and len(args) == 1
+            and not kwargs):
+        output = state.promise_again(conv, args[0], key)
+        if output is not None:
+            output.handed = own['forward'], None
+            return (output, ), {}
     if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         args, kwargs = settle(args), settle(kwargs)
         if kwargs:
@@ -351,12 +358,11 @@ def call_conv(conv: nn.Module, args: tuple,
         heal(conv, 'forward', ConvForward)
         return args, kwargs
     output = None
-    state = own.get('_tune_conv')
     if state is not None and args and not kwargs:
-        output = state.promise(conv, args)
+        output = state.promise(conv, args, key)
         if output is None:
             run_last(conv, call_conv)
-    _PASSED[thread()] = own['forward'], conv, args, output
+    _PASSED[key] = own['forward'], conv, args, output
     return args, kwargs
 
 
@@ -393,35 +399,6 @@ def attach_conv(name: str, conv: nn.Module, norm: nn.Module,
 # --------------------------------------------------------------------------
 
 
-class KeptFold:
-    """A fold that serves until what it was made from is changed.
-
-    Args:
-        made_from (tuple[Tensor | None]): Parameters and statistics.
-        eps (float): Of the normalization.
-        folded (tuple[Tensor, Tensor]): Weight and bias.
-        dtype (torch.dtype): What the convolution runs in.
-    """
-
-    def __init__(self, made_from: tuple[Tensor | None, ...], eps: float,
-                 folded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self.made_from = made_from
-        self.fingerprints = [fingerprint(t) for t in made_from]
-        self.eps = eps
-        self.folded = (folded[0].to(dtype), folded[1].to(dtype))
-
-    def serves(self, made_from: tuple[Tensor | None, ...], eps: float,
-               dtype: torch.dtype) -> bool:
-        """Whether it still is the fold of these."""
-        return (self.eps == eps and self.folded[0].dtype == dtype
-                and all(new is old
-                        for new, old in zip(made_from, self.made_from))
-                # Tensors that count no versions could have changed unseen.
-                and all(t is None or before[0] is not None
-                        for t, before in zip(made_from, self.fingerprints))
-                and self.fingerprints == [fingerprint(t) for t in made_from])
-
-
 class NormState(_LayerState):
     """State of a normalization that folds.
 
@@ -429,7 +406,7 @@ class NormState(_LayerState):
         ran (str, optional): How the latest forward ran: 'fused', 'stock',
             or 'train mode' (stock, with the statistics of the batch).
         why_stock (str, optional): Why the convolution did not wait.
-        kept_fold (KeptFold, optional): That fold.
+        half_range (HalfRange): Whether float16 holds what it folds.
     """
 
     kind: NormKind
@@ -438,53 +415,13 @@ class NormState(_LayerState):
         super().__init__(name, norm, kind)
         self.ran: str | None = None
         self.why_stock: str | None = None
-        self.kept_fold: KeptFold | None = None
-        self._fits_half = True
-        self._half_folds = 0
+        self.half_range = HalfRange()
 
     def latest_run(self) -> str:
         """How the latest forward ran, see :func:`mmtune.api.latest_runs`."""
         if self.ran == 'stock' and self.why_stock == 'small':
             return 'small'
         return self.ran or 'not run'
-
-    def keep_folds(self, keeps: bool) -> None:
-        """Begin or cease to keep folds; either way none is left."""
-        self.keeps_fold, self.kept_fold = keeps, None
-
-    def fits_half(self, learned: tuple[Any, Any, Any, Any], mean: Tensor,
-                  var: Tensor, eps: float,
-                  coeff_shape: tuple[int, ...]) -> bool:
-        """Whether float16 can hold a folded weight and bias well.
-
-        On other devices than the CPU, which would have to wait for the
-        answer, it is asked now and then: hence the margin.
-
-        Args:
-            learned (tuple): Weight and bias of the convolution and of the
-                normalization.
-            mean (Tensor): Shape (out_channels,).
-            var (Tensor): Shape (out_channels,).
-            eps (float): Added to the variance.
-            coeff_shape (tuple[int, ...]): See :mod:`mmtune.functional`.
-
-        Returns:
-            bool: What was found the last time; True in a compiled forward,
-            which cannot ask.
-        """
-        if torch.compiler.is_compiling():
-            return True
-        # An activation checkpoint has to meet what its forward met.
-        if _inside_backward():
-            return self._fits_half
-        on_cpu = mean.device.type == 'cpu'
-        if on_cpu or self._half_folds % HALF_CHECK_INTERVAL == 0:
-            with torch.no_grad():
-                coefficients = norm_coefficients(mean, var, eps)
-                folded = fold(*learned, *coefficients, coeff_shape)
-                self._fits_half = _fits_half(*folded)
-        self._half_folds += 1
-        return self._fits_half
 
     def fold(self, norm: nn.Module, deferred: Any) -> Tensor | None:
         """Run a promised convolution and the normalization as one.
@@ -497,102 +434,77 @@ class NormState(_LayerState):
             Tensor | None: Shape (batch, out_channels, ...); None where the
             stock modules have to run.
         """
-        conv, kind = deferred.conv, deferred.kind
-        own = weight, bias, mean, var = self.kind.tensors(norm)
-        coeff_shape = kind.coeff_shape(conv, deferred.weight.shape)
-        if not _can_fold(norm, deferred, own, coeff_shape):
+        if not self.is_stock(norm):
             return None
-        conv_state = vars(conv).get('_tune_conv')
-        if conv_state is not None:
-            conv_state.note_fold(norm, self.kind, coeff_shape)
-        eps = self.kind.eps(norm)
-        # What was given is padded, not what is convolved: autocast has some
-        # paddings run in float32 whatever they get.
-        linear_map: Any
-        x, linear_map = kind.linear_map(conv, *deferred.inputs) or (
-            deferred.inputs[0], None)
-        if deferred.context[1] is not None:
-            x = x.to(_convolved_dtype(x, deferred.context[1]))
-        learned = (deferred.weight, deferred.bias, weight, bias)
-        made_from = (*learned, mean, var)
-        keeps = (
-            self.keeps_fold and linear_map is not None
-            and not torch.compiler.is_compiling()
-            and not needs_gradient(x, *learned))
-        if keeps and self.kept_fold is not None and self.kept_fold.serves(
-                made_from, eps, x.dtype):
-            return run_folded(linear_map, x, self.kept_fold.folded)
+        pair = foldable_pair(norm, self.kind, self.half_range, deferred)
+        if pair is None:
+            return None
+        _note_fold(pair)
+        if not torch.compiler.is_compiling():
+            _remember(pair, deferred)
+        return pair.run(deferred.inputs)
 
-        plan = Plan.CHOOSE
-        if x.dtype == torch.float16 and not self.fits_half(
-                learned, mean, var, eps, coeff_shape):
-            # Scaling the map computes in the range that Eval computes in.
-            plan = Plan.SCALE
-            if linear_map is None or native_node(x, deferred.weight) is None:
-                return None
-        if linear_map is None or keeps:
-            folded = fold(*learned, *norm_coefficients(mean, var, eps),
-                          coeff_shape)
-            if linear_map is None:
-                return kind.run(conv, *folded, *deferred.inputs)
-            self.kept_fold = KeptFold(made_from, eps, folded, x.dtype)
-            return run_folded(linear_map, x, self.kept_fold.folded)
-        return fold_and_run_norm(linear_map, x, *learned, mean, var, eps,
-                                 coeff_shape, plan)
+    def fold_again(self, norm: nn.Module, deferred: Any) -> Tensor | None:
+        """Fold what was folded before, where nothing has changed.
 
+        Args:
+            norm (nn.Module): The normalization.
+            deferred (DeferredConv): What it was given.
 
-def _fits_half(weight: Tensor, bias: Tensor) -> bool:
-    info = torch.finfo(torch.float16)
-    low, high = info.tiny * HALF_MARGIN, info.max / HALF_MARGIN
-    largest = float(weight.abs().amax())
-    return (float(bias.abs().amax()) <= high
-            # Zeros are what they are: gamma starts as zero in places.
-            and (largest == 0 or low <= largest <= high))
+        Returns:
+            Tensor | None: None where all has to be checked.
+        """
+        known = deferred.known
+        if (known is None or known.pair.norm is not norm
+                or deferred.output is not None
+                or not known.holds(deferred.inputs[0]) or deferred.changed()):
+            return None
+        _note_fold(known.pair)
+        return known.run(*deferred.inputs)
 
+    def receive(self, norm: nn.Module, promise: Any, *args: Any,
+                **kwargs: Any) -> Tensor | None:
+        """Fold where the forward of a normalization calls ``F.batch_norm``.
 
-def _can_fold(norm: nn.Module, deferred: Any, own: tuple[Tensor | None, ...],
-              coeff_shape: tuple[int, ...]) -> bool:
-    """Whether the stock pair takes this input, as one affine map."""
-    kind = norm._tune_norm.kind
-    *_, mean, var = own
-    x, weight = deferred.inputs[0], deferred.weight
-    if (mean is None or var is None or not kind.is_fixed(norm)
-            or not deferred.foldable()
-            or _follows(weight) or _follows(deferred.bias)
-            or not kind.computes_formula(norm, x)):
-        return False
-    # Without a batch dimension the normalization would take the channels
-    # for the batch.
-    if x.dim() != weight.dim() or mean.numel() != torch.Size(
-            coeff_shape).numel():
-        return False
-    bias, autocast_dtype = deferred.bias, deferred.context[1]
-    output_dtype = _convolved_dtype(x, autocast_dtype)
-    if (_convolved_dtype(weight, autocast_dtype) != output_dtype
-            or bias is not None
-            and _convolved_dtype(bias, autocast_dtype) != output_dtype):
-        return False
-    norm_dtype = var.dtype
-    if any(t is not None and t.dtype != norm_dtype for t in own):
-        return False
-    if norm_dtype != output_dtype and not (
-            kind.takes_half and norm_dtype == torch.float32
-            and output_dtype.itemsize == 2):
-        return False
-    kind.check_input(norm, x)
-    return True
+        Args:
+            norm (nn.Module): The normalization.
+            promise (DeferredConv): What its forward was given, and the call.
+            *args: Other arguments of the call.
+            **kwargs: Other arguments of the call.
+
+        Returns:
+            Tensor | None: See :meth:`fold`.
+        """
+        if not is_own_batch_norm(norm, *args, **kwargs):
+            return None
+        output = self.fold(norm, promise)
+        if output is not None:
+            _note_fused(self, promise, output)
+        return output
 
 
-def _convolved_dtype(tensor: Tensor,
-                     autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype in which a convolution takes a tensor.
+def _note_fold(pair: FoldablePair) -> None:
+    state = vars(pair.call.conv).get('_tune_conv')
+    if state is not None:
+        state.note_fold(pair.norm, pair.norm_kind, pair.coeff_shape)
 
-    Autocast leaves float64 and what is no floating point number as they are.
-    """
-    if (autocast_dtype is None or tensor.dtype == torch.float64
-            or not tensor.is_floating_point()):
-        return tensor.dtype
-    return autocast_dtype
+
+def _remember(pair: FoldablePair, deferred: Any) -> None:
+    """Spare the next call of a pair that was checked in full just now."""
+    conv, norm, run = pair.call.conv, pair.norm, deferred.run
+    x = deferred.inputs[0]
+    if (run is None or run.inside_function or inside_backward()
+            or inside_autograd_function() or _inside_transform()
+            # A shallow copy shares its block's state.
+            or any(vars(layer)['forward'].module is not layer
+                   for layer in (conv, norm) if 'forward' in vars(layer))
+            or (conv, norm) not in run.state.pairs_in(run.block, False)
+            # What has changed since the convolution was called.
+            or why_not_defer(conv, conv._tune_conv, norm, x)):
+        return
+    known = know(run.state.facts(run.block), pair, x)
+    if known is not None:
+        run.state.known[conv] = known
 
 
 @Hook
@@ -601,10 +513,18 @@ def call_norm(norm: nn.Module, args: tuple,
     """Forward pre-hook of a normalization: fold what it is given, or not."""
     if kwargs is None:
         return None
-    state = vars(norm).get('_tune_norm')
+    own = norm.__dict__
+    state = own.get('_tune_norm')
     if state is None:
         return settle(args), settle(kwargs)
-    if type(vars(norm).get('forward')) is not Forward:
+    if len(args) == 1 and not kwargs and type(args[0]) is DeferredConv:
+        output = state.fold_again(norm, args[0])
+        if output is not None:
+            _note_fused(state, args[0], output)
+            output = state.kind.finish(norm, output)
+            args[0].handed = own['forward'], output
+            return None
+    if type(own.get('forward')) is not Forward:
         heal(norm, 'forward', Forward)
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
@@ -613,22 +533,31 @@ def call_norm(norm: nn.Module, args: tuple,
         args, kwargs = _positional(norm, args, kwargs)
     output = None
     if len(args) == 1 and is_deferred(args[0]) and not kwargs:
-        if state.is_stock(norm):
+        if not state.kind.runs_forward:
             output = state.fold(norm, args[0])
+        elif thread() != COMPILING and state.is_stock(norm):
+            # The fold waits until the forward calls F.batch_norm.
+            state.ran = 'stock'
+            args[0].receiver = functools.partial(state.receive, norm)
+            _PASSED[thread()] = own['forward'], norm, args, None
+            return args, kwargs
     if output is not None:
-        state.ran = 'fused'
-        args[0].folded = output.requires_grad
+        _note_fused(state, args[0], output)
+        output = state.kind.finish(norm, output)
     else:
         args, kwargs = settle(args), settle(kwargs)
         _note_stock(norm, state, args)
-    _PASSED[thread()] = vars(norm)['forward'], norm, args, output
+    _PASSED[thread()] = own['forward'], norm, args, output
     return args, kwargs
+
+
+def _note_fused(state: NormState, deferred: Any, output: Tensor) -> None:
+    state.ran = 'fused'
+    deferred.folded = output.requires_grad
 
 
 def _note_stock(norm: nn.Module, state: NormState, args: tuple) -> None:
     state.ran = 'stock' if state.kind.is_fixed(norm) else 'train mode'
-    # Statistics change without a change of version.
-    state.kept_fold = None
     if inside_autograd_function() and args and not args[0].requires_grad:
         # With a gradient it would come from outside of the function.
         conv_state = getattr(args[0], '_tune_conv', None)

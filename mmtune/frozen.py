@@ -6,6 +6,8 @@ its forward, or none. A module is one where it has nothing but the four
 buffers of a BatchNorm and its forward gives, for all that is tried, ::
 
     (x - running_mean) / sqrt(running_var + eps) * weight + bias
+
+and then calls modules of its own, one after the other, or none.
 """
 import contextlib
 import copy
@@ -17,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mmtune.attach import Override, bare_copy, overridden
+from mmtune.attach import (
+    BACKWARD_HOOKS,
+    HOOKS,
+    Override,
+    bare_copy,
+    overridden,
+)
 
 __all__ = ['Frozen', 'forget_probes', 'frozen', 'still_is']
 
@@ -43,10 +51,14 @@ class Frozen(NamedTuple):
             where that is the attribute ``eps``, as it is at the call.
         attributes (dict[str, Any]): What its forward may read beside
             tensors, but for an ``eps`` that is read at each call.
+        children (dict[str, type]): The classes of its modules.
+        rest (tuple[str, ...]): Those that its forward calls, in that order.
     """
 
     eps: float | None
     attributes: dict[str, Any]
+    children: dict[str, type]
+    rest: tuple[str, ...]
 
 
 def _attributes(norm: nn.Module) -> dict[str, Any]:
@@ -56,6 +68,13 @@ def _attributes(norm: nn.Module) -> dict[str, Any]:
         for name, value in vars(norm).items()
         if not (name in _OF_EVERY_MODULE or name.startswith('_tune_')
                 or isinstance(value, Override))
+    }
+
+
+def _children(norm: nn.Module) -> dict[str, type]:
+    return {
+        name: type(module)
+        for name, module in norm._modules.items() if module is not None
     }
 
 
@@ -70,8 +89,7 @@ def still_is(norm: nn.Module, found: Frozen) -> bool:
         bool: False where an attribute that its forward may read is another,
             or it holds other things than it did.
     """
-    if not _has_the_buffers(norm) or any(
-            module is not None for module in norm._modules.values()):
+    if not _has_the_buffers(norm) or _children(norm) != found.children:
         return False
     attributes = _attributes(norm)
     if found.eps is None:
@@ -109,12 +127,6 @@ def frozen(norm: nn.Module) -> Frozen | str | None:
     name = norm_type.__name__
     if isinstance(norm, torch.jit.ScriptModule):
         return f'the code of this {name} was generated for this instance'
-    children = [
-        child for child, module in norm._modules.items() if module is not None
-    ]
-    if children:
-        return (f'{name} holds {", ".join(map(repr, children))}, which its '
-                'forward may call')
     if (norm_type.__call__ is not nn.Module.__call__
             or overridden(norm, 'forward')):
         return f'{name} is called in a way of its own'
@@ -128,7 +140,7 @@ def frozen(norm: nn.Module) -> Frozen | str | None:
                     f'{attribute!r}, whose changes could not be noticed')
     # Alike in all that a forward can read, or in nothing that it should.
     key = (norm_type, norm_type.forward, norm.running_mean.numel(),
-           repr(attributes), tuple(norm._buffers))
+           repr(attributes), tuple(norm._buffers), *_children(norm).items())
     if key not in _PROBES:
         _PROBES[key] = _Probe(norm).result()
     return _PROBES[key]
@@ -172,6 +184,16 @@ class _Probe:
         # A forward may append to a list.
         vars(self.norm).update(copy.deepcopy(self.attributes))
         self.counts = 'num_batches_tracked' in norm._buffers
+        self.children = {
+            name: module
+            for name, module in norm._modules.items() if module is not None
+        }
+        self.calls: list[_CallOfChild] = []
+        vars(self.norm)['_modules'] = {
+            name: _Noting(name, self.calls) for name in self.children
+        }
+        # What it calls after the formula, once that was seen.
+        self.rest: tuple[str, ...] | None = None
 
     def result(self) -> Frozen | str:
         """What the module is, or why it is none."""
@@ -183,6 +205,7 @@ class _Probe:
                 certain = eps is not None and self._computes(
                     eps, len(VARIANCES))
                 reads = certain and self._reads_eps()
+                certain = certain and self._ends_in_children()
         except Exception as error:  # code of the user's: anything
             return (f'the forward of {name} could not be tried '
                     f'({type(error).__name__})')
@@ -190,7 +213,10 @@ class _Probe:
             return f'{name} computes something else, or more, than {FORMULA}'
         if reads:
             self.attributes.pop('eps', None)
-        return Frozen(None if reads else eps, self.attributes)
+        return Frozen(None if reads else eps, self.attributes,
+                      {name: type(module)
+                       for name, module in self.children.items()},
+                      self.rest or ())
 
     def _find_eps(self) -> float | None:
         """What the forward adds to a variance of zero."""
@@ -227,6 +253,45 @@ class _Probe:
                          for i in range(tries))
             for training in (True, False) for needs_grad in (True, False))
 
+    def _ends_in_children(self) -> bool:
+        """Whether its own modules are called as those that note it were."""
+        if not self.children:
+            return True
+        # Large enough for what pools.
+        x = torch.linspace(-1, 1, 64 * self.channels, dtype=torch.float64,
+                           device='cpu').view(1, -1, 8, 8)
+        buffers = [self._full(value) for value in (1.5, .5, .2, .7)]
+        return all(
+            torch.equal(self._with_copies(x, training, buffers, True),
+                        self._with_copies(x, training, buffers, False))
+            for training in (True, False))
+
+    def _with_copies(self, x: Tensor, training: bool, buffers: list[Tensor],
+                     whole: bool) -> Tensor:
+        """Run the whole forward, or the formula and then the children."""
+        norm = bare_copy(self.norm)
+        copies = {name: _unhooked_copy(module).train(training)
+                  for name, module in self.children.items()}
+        vars(norm).update(
+            _buffers=dict(norm._buffers, **dict(zip(BUFFERS, buffers))),
+            training=training)
+        if whole:
+            vars(norm)['_modules'] = copies
+        torch.random.default_generator.manual_seed(0)
+        output = self.norm_type.forward(norm, x.clone())
+        for name in () if whole else self.rest or ():
+            output = copies[name](output)
+        return output
+
+    def _chain(self, output: Tensor) -> tuple[str, ...] | None:
+        """The modules called one after the other, None for another way."""
+        given = [call.given for call in self.calls[1:]] + [output]
+        if self.calls and any(
+                after is not call.returned
+                for after, call in zip(given, self.calls)):
+            return None
+        return tuple(call.name for call in self.calls)
+
     def _full(self, value: float) -> Tensor:
         return torch.full((self.channels, ), value, dtype=torch.float64,
                           device='cpu')
@@ -242,10 +307,15 @@ class _Probe:
         before = copy.deepcopy(_attributes(norm))
         vars(norm).update(_buffers=buffers, training=training)
         given_x = x.clone().requires_grad_(needs_grad)
+        self.calls.clear()
         with torch.device('cpu'):
             output = self.norm_type.forward(norm, given_x)
+        chain = self._chain(output)
+        if self.rest is None:
+            self.rest = chain
         unchanged = (
-            _attributes(norm) == before and norm._buffers is buffers
+            chain is not None and chain == self.rest
+            and _attributes(norm) == before and norm._buffers is buffers
             and buffers.keys() == given.keys()
             and all(buffers[name] is given[name] for name in given)
             and all(torch.equal(buffers[name], value)
@@ -256,6 +326,42 @@ class _Probe:
                 and output.requires_grad == needs_grad):
             return None
         return given_x, output
+
+
+class _CallOfChild(NamedTuple):
+    """A call of a module of a normalization, with one tensor."""
+
+    name: str
+    given: Tensor
+    returned: Tensor
+
+
+class _Noting(nn.Module):
+    """Stands in for a module of a normalization; notes its calls.
+
+    Args:
+        name (str): Of the module.
+        calls (list[_CallOfChild]): Where they are noted.
+    """
+
+    def __init__(self, name: str, calls: list[_CallOfChild]) -> None:
+        super().__init__()
+        self.name = name
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give a tensor like ``x`` that is known again."""
+        returned = x.clone()
+        self.calls.append(_CallOfChild(self.name, x, returned))
+        return returned
+
+
+def _unhooked_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module).to('cpu', torch.float64)
+    for part in copied.modules():
+        for name in (*HOOKS, *BACKWARD_HOOKS):
+            vars(part)[name].clear()
+    return copied
 
 
 class _Case:

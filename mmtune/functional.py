@@ -28,8 +28,8 @@ from mmtune import native
 
 __all__ = [
     'Convolution', 'Plan', 'Product', 'fold', 'fold_and_run',
-    'fold_and_run_norm', 'native_node', 'needs_gradient', 'norm_coefficients',
-    'run_folded'
+    'fold_and_run_norm', 'native_geometry', 'native_node', 'needs_gradient',
+    'norm_coefficients', 'run_folded'
 ]
 
 
@@ -336,6 +336,18 @@ def native_node(*tensors: Tensor) -> Any:
     return native.node()
 
 
+def native_geometry(linear_map: LinearMap) -> tuple:
+    """Give what the native node takes in the place of a linear map.
+
+    Args:
+        linear_map (LinearMap): What is done with the weight.
+
+    Returns:
+        tuple: A :class:`Convolution`; of no dimensions for a product.
+    """
+    return linear_map if isinstance(linear_map, Convolution) else _NO_GEOMETRY
+
+
 def fold_and_run_norm(linear_map: LinearMap,
                       x: Tensor,
                       weight: Tensor,
@@ -374,12 +386,9 @@ def fold_and_run_norm(linear_map: LinearMap,
     """
     node = native_node(x, weight)
     if node is not None:
-        geometry = (
-            linear_map
-            if isinstance(linear_map, Convolution) else _NO_GEOMETRY)
         return node.fold_and_run(x, weight, bias, bn_weight, bn_bias,
-                                 running_mean, running_var, eps, *geometry,
-                                 plan)
+                                 running_mean, running_var, eps,
+                                 *native_geometry(linear_map), plan)
     coefficients = norm_coefficients(running_mean, running_var, eps)
     return fold_and_run(linear_map, x, weight, bias, bn_weight, bn_bias,
                         *coefficients, coeff_shape)

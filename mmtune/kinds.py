@@ -22,14 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtune.attach import bare_copy
+from mmtune.calls import (
+    calls_batch_norm,
+    convolution_of,
+    convolves,
+)
 from mmtune.frozen import Frozen, frozen, still_is
 from mmtune.functional import Convolution, LinearMap, Product
 
 __all__ = [
     'CONV_KINDS', 'NORM_KINDS', 'ConvKind', 'LayerKind', 'NormKind',
-    'conv_kind', 'known_kind', 'looks_like_conv', 'looks_like_norm',
-    'methods_of', 'norm_kind', 'parameter', 'patched', 'same_code',
-    'why_not_folded'
+    'conv_kind', 'is_known_conv', 'known_kind', 'looks_like_conv',
+    'looks_like_norm', 'methods_of', 'norm_kind', 'parameter', 'patched',
+    'same_code', 'why_not_folded'
 ]
 
 class LayerKind:
@@ -64,12 +69,29 @@ class LayerKind:
                 _getter(self.functions)(F), _getter(self.operators)(torch))
 
 
+    def reads(self, layer_type: type) -> tuple[str, ...]:
+        """Give the names of what a call reads of a layer's class.
+
+        Args:
+            layer_type (type): Class of a layer of this kind.
+
+        Returns:
+            tuple[str, ...]: The same as in :meth:`code`.
+        """
+        return self.methods
+
+
 def _per_dimension(setting: Any, dimensions: int) -> tuple[int, ...]:
     """Write a setting as torch takes it, one number for all or for each."""
     if type(setting) is tuple and len(setting) == dimensions:
         return setting
     numbers = (setting, ) if isinstance(setting, int) else tuple(setting)
     return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+def _positive(*shape: int) -> tuple[int, ...] | None:
+    """The shape, None where a convolution would not give it."""
+    return shape if all(size > 0 for size in shape) else None
 
 
 def _geometry(conv: nn.Module, padding: Any, transposed: bool,
@@ -117,9 +139,12 @@ class ConvKind(LayerKind):
     Attributes:
         gives_list (bool): Whether the layer takes a list of inputs and gives
             a list of outputs, see :meth:`branches`.
+        needs_map (bool): Whether it is only known to be linear in a call for
+            which :meth:`linear_map` gives the operator.
     """
 
     gives_list = False
+    needs_map = False
 
     def weight(self, conv: nn.Module) -> Tensor:
         """Give what the input is multiplied with.
@@ -172,6 +197,35 @@ class ConvKind(LayerKind):
         strides = _per_dimension(conv.stride, len(conv.kernel_size))
         return conv.out_channels / conv.in_channels / math.prod(strides)
 
+    def output_shape(self, conv: nn.Module, weight: Tensor,
+                     *inputs: Any) -> tuple[int, ...] | None:
+        """Give the shape of the output, without computing it.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+            weight (Tensor): What :meth:`weight` gave.
+            *inputs: What the layer was called with.
+
+        Returns:
+            tuple[int, ...] | None: None where it is not known, or the call
+            would fail.
+        """
+        return None
+
+    def flattened(self, *inputs: Any, start_dim: int,
+                  end_dim: int) -> tuple | None:
+        """Give inputs for which the output is the flattened one.
+
+        Args:
+            *inputs: What a layer of this kind was called with.
+            start_dim (int): See ``Tensor.flatten``.
+            end_dim (int): See ``Tensor.flatten``.
+
+        Returns:
+            tuple | None: None where there are none.
+        """
+        return None
+
     def run(self, conv: nn.Module, weight: Tensor, bias: Tensor | None,
             *inputs: Any) -> Tensor:
         """Run the layer with other tensors in the place of its own.
@@ -214,6 +268,18 @@ class ConvKind(LayerKind):
         """
         return None
 
+    def geometry(self, conv: nn.Module) -> LinearMap | None:
+        """Say what is done with the weight, whatever the input.
+
+        Args:
+            conv (nn.Module): A layer of this kind.
+
+        Returns:
+            LinearMap | None: None where :meth:`linear_map` has to be asked
+            at each call, with its input.
+        """
+        return None
+
     def branches(self, conv: nn.Module,
                  *inputs: Any) -> list[tuple['ConvKind', nn.Module, tuple]]:
         """Split a call of a layer that gives a list.
@@ -235,20 +301,46 @@ class _Convolution(ConvKind):
     methods = (*ConvKind.methods, '_conv_forward')
     functions = ('conv1d', 'conv2d', 'conv3d')
 
+    def output_shape(self, conv, weight, *inputs):
+        x, = inputs
+        _, _, *sizes = x.shape
+        if x.dim() != weight.dim() or x.size(1) != weight.size(
+                1) * conv.groups:
+            return None
+        return _positive(x.size(0), weight.size(0),
+                         *self._output_sizes(conv, sizes, weight.shape[2:]))
+
+    def _output_sizes(self, conv, sizes, kernel):
+        reach = [d * (k - 1) for d, k in zip(
+            _per_dimension(conv.dilation, len(kernel)), kernel)]
+        if conv.padding == 'same':
+            padded = reach
+        elif conv.padding == 'valid':
+            padded = [0] * len(kernel)
+        else:
+            padded = [2 * p for p in _per_dimension(conv.padding, len(kernel))]
+        return [(size + p - r - 1) // stride + 1 for size, p, r, stride in zip(
+            sizes, padded, reach, _per_dimension(conv.stride, len(kernel)))]
+
     def run(self, conv, weight, bias, *inputs):
         return conv._conv_forward(*inputs, weight, bias)
 
+    def geometry(self, conv):
+        if conv.padding_mode != 'zeros' or conv.padding == 'same':
+            return None
+        padding = 0 if conv.padding == 'valid' else conv.padding
+        return _geometry(conv, padding, False, conv.output_padding)
+
     def linear_map(self, conv, *inputs):
         x, = inputs
-        padding = conv.padding
         if conv.padding_mode != 'zeros':
             x = F.pad(x, conv._reversed_padding_repeated_twice,
                       conv.padding_mode)
-            padding = 0
-        elif padding == 'valid':
-            padding = 0
-        elif padding == 'same':
+            padding: Any = 0
+        elif conv.padding == 'same':
             x, padding = self._pad_same(conv, x)
+        else:
+            return x, _Convolution.geometry(self, conv)
         return x, _geometry(conv, padding, False, conv.output_padding)
 
     def _pad_same(self, conv, x):
@@ -287,6 +379,21 @@ class _TransposedConvolution(ConvKind):
         strides = _per_dimension(conv.stride, len(conv.kernel_size))
         return conv.out_channels / conv.in_channels * math.prod(strides)
 
+    def output_shape(self, conv, weight, x, output_size=None):
+        if x.dim() != weight.dim() or x.size(1) != weight.size(0):
+            return None
+        *_, geometry = self.linear_map(conv, x, output_size)
+        sizes = [
+            (size - 1) * stride - 2 * p + dilation * (kernel - 1) + more + 1
+            for size, kernel, stride, p, dilation, more in zip(
+                x.shape[2:], weight.shape[2:], geometry.stride,
+                geometry.padding, geometry.dilation, geometry.output_padding)
+        ]
+        return _positive(x.size(0), weight.size(1) * conv.groups, *sizes)
+
+    def geometry(self, conv):
+        return _geometry(conv, conv.padding, True, conv.output_padding)
+
     def linear_map(self, conv, x, output_size=None):
         output_padding = conv._output_padding(
             x, output_size, conv.stride, conv.padding, conv.kernel_size,
@@ -303,7 +410,7 @@ class _TransposedConvolution(ConvKind):
 
 
 class _Linear(ConvKind):
-    """``nn.Linear`` on a matrix."""
+    """``nn.Linear``, whose output is a matrix, or is made one."""
 
     functions = ('linear', )
 
@@ -313,9 +420,25 @@ class _Linear(ConvKind):
     def outputs_per_input(self, conv):
         return conv.out_features / conv.in_features
 
+    def output_shape(self, conv, weight, *inputs):
+        x, = inputs
+        if x.dim() < 2 or x.size(-1) != weight.size(1):
+            return None
+        return *x.shape[:-1], weight.size(0)
+
+    def flattened(self, *inputs, start_dim, end_dim):
+        x, = inputs
+        # Not the last dimension, that of the channels.
+        if (start_dim % x.dim(), end_dim % x.dim()) != (0, x.dim() - 2):
+            return None
+        return x.flatten(start_dim, end_dim),
+
     def run(self, conv, weight, bias, *inputs):
         x, = inputs
         return F.linear(x, weight, bias)
+
+    def geometry(self, conv):
+        return Product()
 
     def linear_map(self, conv, *inputs):
         x, = inputs
@@ -328,8 +451,17 @@ class _PaddedConvolution(_Convolution):
     def run(self, conv, weight, bias, *inputs):
         return super().run(conv, weight, bias, self._pad(conv, *inputs))
 
+    def geometry(self, conv):
+        return None
+
     def linear_map(self, conv, *inputs):
         return super().linear_map(conv, self._pad(conv, *inputs))
+
+    def _output_sizes(self, conv, sizes, kernel):
+        if tuple(kernel) != tuple(conv.kernel_size):
+            return [0]
+        return [math.ceil(size / stride)
+                for size, stride in zip(sizes, conv.stride)]
 
     def _pad(self, conv, x):
         padding = []
@@ -341,6 +473,39 @@ class _PaddedConvolution(_Convolution):
                         (kernel - 1) * dilation + 1 - size, 0)
             padding += [total // 2, total - total // 2]
         return F.pad(x, padding) if any(padding) else x
+
+
+class _OwnForward(_Convolution):
+    """A subclass of ``nn.Conv2d`` that ends in ``F.conv2d`` in its own way.
+
+    It pads as TensorFlow does, say.
+    """
+
+    needs_map = True
+
+    def output_shape(self, conv, weight, *inputs):
+        # It would have to be padded twice.
+        return None
+
+    def geometry(self, conv):
+        return None
+
+    def run(self, conv, weight, bias, *inputs):
+        layer = bare_copy(conv)
+        vars(layer).update(_parameters={}, weight=weight, bias=bias)
+        return type(conv).forward(layer, *inputs)
+
+    def linear_map(self, conv, *inputs):
+        x, = inputs
+        call = convolution_of(conv, x)
+        if call is None or isinstance(call['padding'], str):
+            return None
+        dimensions = len(conv.kernel_size)
+        stride, padding, dilation = (
+            _per_dimension(call[name], dimensions)
+            for name in ('stride', 'padding', 'dilation'))
+        return call['input'], Convolution(stride, padding, dilation, False,
+                                          (0, ) * dimensions, call['groups'])
 
 
 class _StandardizedConvolution(_Convolution):
@@ -379,10 +544,13 @@ class _TridentBranch(_Convolution):
         return F.conv2d(x, weight, bias, conv.stride, conv.padding,
                         conv.dilation)
 
+    def geometry(self, conv):
+        return Convolution(conv.stride, conv.padding, conv.dilation, False,
+                           (0, 0), 1)
+
     def linear_map(self, conv, *inputs):
         x, = inputs
-        return x, Convolution(conv.stride, conv.padding, conv.dilation, False,
-                              (0, 0), 1)
+        return x, self.geometry(conv)
 
 
 class _Trident(ConvKind):
@@ -426,9 +594,18 @@ class NormKind(LayerKind):
     Attributes:
         takes_half (bool): Whether float32 statistics and a half precision
             ``x`` give a half precision output.
+        runs_forward (bool): Whether the fold takes the place of a call of
+            ``F.batch_norm`` in the forward, not of the whole forward.
+        does_more (bool): Whether a call may do more than normalize.
+        is_plain (bool): Whether a call depends on nothing but the input, the
+            module's ``__dict__`` and those in it, and the code of its class
+            and of torch.
     """
 
     takes_half = True
+    runs_forward = False
+    does_more = False
+    is_plain = False
 
     def tensors(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
         """Give weight, bias, running_mean and running_var.
@@ -485,6 +662,18 @@ class NormKind(LayerKind):
         return (not norm.training and buffers.get('running_mean') is not None
                 and buffers.get('running_var') is not None)
 
+    def finish(self, norm: nn.Module, output: Tensor) -> Tensor:
+        """Do what the forward does after it has normalized.
+
+        Args:
+            norm (nn.Module): A normalization of this kind.
+            output (Tensor): Normalized.
+
+        Returns:
+            Tensor: What the forward gives.
+        """
+        return output
+
     def check_input(self, norm: nn.Module, x: Tensor) -> None:
         """Raise what the normalization would raise of its input's shape.
 
@@ -498,14 +687,28 @@ class NormKind(LayerKind):
 class _BatchNorm(NormKind):
     """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d``."""
 
+    is_plain = True
     methods = (*NormKind.methods, '_check_input_dim')
     functions = ('batch_norm', )
     operators = ('batch_norm', )
 
 
+class _CallsBatchNorm(NormKind):
+    """What normalizes by ``F.batch_norm``, and does more (activates, say)."""
+
+    functions = ('batch_norm', )
+    operators = ('batch_norm', )
+    runs_forward = True
+    does_more = True
+
+    def check_input(self, norm, x):
+        pass
+
+
 class _InstanceNorm(NormKind):
     """``nn.InstanceNorm2d`` with ``track_running_stats=True``."""
 
+    is_plain = True
     methods = (*NormKind.methods, '_check_input_dim', '_apply_instance_norm')
     functions = ('instance_norm', )
     operators = ('instance_norm', )
@@ -517,6 +720,7 @@ class _InstanceNorm(NormKind):
 class _SyncBatchNormOfMMCV(NormKind):
     """MMCV's ``MMSyncBN``."""
 
+    is_plain = True
     functions = ('batch_norm', )
 
     def is_fixed(self, norm):
@@ -534,9 +738,11 @@ class _FrozenNorm(NormKind):
     """
 
     takes_half = False
+    is_plain = True
 
     def __init__(self, found: Frozen) -> None:
         self.found = found
+        self.does_more = bool(found.rest)
         self.seen: tuple = ()
 
     def code(self, layer_type):
@@ -550,11 +756,19 @@ class _FrozenNorm(NormKind):
                 if not name.startswith('__') or name == '__getattr__')
         return self.seen
 
+    def reads(self, layer_type):
+        return tuple(name for name, _ in self.code(layer_type))
+
     def eps(self, norm):
         return norm.eps if self.found.eps is None else self.found.eps
 
     def computes_formula(self, norm, x):
         return x.dim() == 4 and still_is(norm, self.found)
+
+    def finish(self, norm, output):
+        for name in self.found.rest:
+            output = getattr(norm, name)(output)
+        return output
 
     def is_fixed(self, norm):
         return True
@@ -594,6 +808,9 @@ NORM_KINDS: dict[str, NormKind] = {
     'mmcv.ops.sync_bn.SyncBatchNorm': _SyncBatchNormOfMMCV(),
 }
 
+_OWN_FORWARD = _OwnForward()
+_CALLS_BATCH_NORM = _CallsBatchNorm()
+
 Kind = TypeVar('Kind', bound=LayerKind)
 
 
@@ -614,12 +831,26 @@ def conv_kind(conv_type: type) -> ConvKind | None:
         conv_type (type): Class of the module.
 
     Returns:
-        ConvKind | None: None for anything that must run as it is.
+        ConvKind | None: None for anything that must run as it is. A kind
+        that ``needs_map`` depends on the module, see :func:`is_known_conv`.
     """
     kind, known = known_kind(conv_type, CONV_KINDS)
-    same = same_code(conv_type, known, '__call__', 'forward',
-                      '_conv_forward', '_output_padding', '_get_weight')
-    return kind if same else None
+    if same_code(conv_type, known, '__call__', 'forward', '_conv_forward',
+                  '_output_padding', '_get_weight'):
+        return kind
+    if type(kind) is _Convolution and same_code(conv_type, known, '__call__'):
+        return _OWN_FORWARD
+    return None
+
+
+def is_known_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution that may be folded.
+
+    Args:
+        module (nn.Module): Any module.
+    """
+    kind = conv_kind(type(module))
+    return kind is not None and (not kind.needs_map or convolves(module))
 
 
 def norm_kind(norm: nn.Module) -> NormKind | None:
@@ -636,11 +867,19 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
     """
     norm_type = type(norm)
     kind, known = known_kind(norm_type, NORM_KINDS)
+    if (kind is not None and not _checks_input(norm_type)
+            and same_code(norm_type, known, '__call__', 'forward')):
+        return kind
     if kind is None:
         found = frozen(norm)
-        return _FrozenNorm(found) if isinstance(found, Frozen) else None
-    same = same_code(norm_type, known, '__call__', 'forward')
-    return kind if same and not _checks_input(norm_type) else None
+        if isinstance(found, Frozen):
+            return _FrozenNorm(found)
+    if ('running_mean' in norm._buffers
+            and norm_type.__call__ is nn.Module.__call__
+            and not isinstance(norm, torch.jit.ScriptModule)
+            and calls_batch_norm(norm)):
+        return _CALLS_BATCH_NORM
+    return None
 
 
 def _checks_input(norm_type: type) -> bool:
@@ -758,12 +997,12 @@ def looks_like_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.modules.batchnorm._NormBase, *_OF_THE_INPUT)):
         return True
-    if (looks_like_conv(module) or isinstance(module, nn.Identity)
-            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
-        return False
     own = _own_tensors(module)
     if {'running_mean', 'running_var'} <= own.keys():
         return True
+    if (looks_like_conv(module) or isinstance(module, nn.Identity)
+            or type(module).__module__ == 'torch.nn.utils.parametrizations'):
+        return False
     # A scale and a shift of each channel, as an AffineChannel has.
     affine = (own.keys() == {'weight', 'bias'}
               and own['weight'].dim() == own['bias'].dim() == 1)
@@ -785,12 +1024,14 @@ def why_not_folded(norm: nn.Module) -> str | None:
     norm_type = type(norm)
     name = norm_type.__name__
     keeps = 'running_mean' in _own_tensors(norm)
+    if keeps and norm_kind(norm) is not None:
+        return None
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not keeps:
+            return 'the BN has no running statistics'
         if _checks_input(norm_type):
             return f'{name} overrides `_check_input_dim`'
-        if norm_kind(norm) is None:
-            return f'{name} overrides the forward of BatchNorm'
-        return None if keeps else 'the BN has no running statistics'
+        return f'{name} overrides the forward of BatchNorm'
     if not keeps:
         if isinstance(norm, _OF_THE_INPUT) and norm_type.__module__.startswith(
                 'torch.nn.'):
@@ -800,6 +1041,4 @@ def why_not_folded(norm: nn.Module) -> str | None:
     found = frozen(norm)
     if isinstance(found, str):
         return found
-    if norm_kind(norm) is None:
-        return f'{name} is not a normalization that mmtune knows'
-    return None
+    return f'{name} is not a normalization that mmtune knows'

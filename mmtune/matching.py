@@ -5,27 +5,22 @@ torch.fx, its children as leaves; a whole detector never is. A trace need not
 be the only way through the forward, because a pair is only a candidate: what
 really runs is decided at each call (see ``behaviours.py``).
 """
-import contextlib
-import copy
-import inspect
 import math
-import operator
-import random
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.attach import bare_copy, has_hooks, overridden
-from mmtune.deferred import inside_autograd_function
+from mmtune.attach import overridden
+from mmtune.borders import Ends
+from mmtune.calls import forget_trials
 from mmtune.frozen import forget_probes
 from mmtune.kinds import (
     conv_kind,
+    is_known_conv,
     looks_like_conv,
     looks_like_norm,
     methods_of,
@@ -33,14 +28,11 @@ from mmtune.kinds import (
     patched,
     why_not_folded,
 )
+from mmtune.tracing import OWN_OPTION, has_forward
 
 __all__ = [
     'OWN_OPTION', 'LeftOut', 'Match', 'Matches', 'find_pairs', 'norms_of'
 ]
-
-
-# By which MMCV's ConvModule rewrites itself; mmtune does so in its place.
-OWN_OPTION = 'efficient_conv_bn_eval_forward'
 
 
 class Match(NamedTuple):
@@ -57,6 +49,8 @@ class Match(NamedTuple):
         sole (bool): Whether both are called once in all forwards traced,
             and no trace had to guess a branch: the pair may then be folded
             for good.
+        via (tuple[str, ...]): What the block calls the modules that are given
+            what passes between the two, or give it.
     """
 
     block: str
@@ -66,6 +60,7 @@ class Match(NamedTuple):
     norm_path: str
     stock: str
     sole: bool
+    via: tuple[str, ...] = ()
 
 
 class LeftOut(NamedTuple):
@@ -119,9 +114,13 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
         normalization below ``roots`` with its reason.
     """
     forget_probes()
+    forget_trials()
     search = _Search(model, roots)
-    for block in {m: None for root in roots for m in root.modules()}:
-        if any(_is_layer(module) for module in _own_modules(block)):
+    modules = {m: None for root in roots for m in root.modules()}
+    for block in modules:
+        if has_forward(block) and (
+                any(map(_is_layer, _own_modules(block)))
+                or search.ends.may_meet(block)):
             search.read(block)
     return search.result()
 
@@ -143,50 +142,87 @@ class _Search:
             for root in roots for m in root.modules()
             if _is_norm(m) or looks_like_norm(m)
         }
-        # By block, convolution and norm: what the block calls the two, and
-        # whether there was only one way.
-        self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], tuple] = {}
+        self.ends = Ends()
+        # By block, convolution and norm.
+        self.pairs: dict[tuple[nn.Module, nn.Module, nn.Module], _Found] = {}
         self.reasons: dict[nn.Module, tuple[nn.Module | None, str]] = {}
-        self.calls: Counter[nn.Module] = Counter()
+        # By block, how often its forward calls each module.
+        self.calls: dict[nn.Module, Counter[nn.Module]] = {}
+        # What some forward reaches into, without calling it.
+        self.entered: set[nn.Module] = set()
 
     def read(self, block: nn.Module) -> None:
         """Trace a block and note the pairs, or why there are none."""
-        graphs, exact, error = _trace(block)
-        counts: Counter[nn.Module] = Counter()
+        graphs, exact, error = self.ends.traces(block)
+        counts = self.calls[block] = Counter()
         for graph in graphs:
-            sites = _call_sites(block, graph)
+            sites = [node for node in graph.nodes if node.op == 'call_module']
             # On different ways through the forward, not one after the other.
-            counts |= Counter(module for module, _ in sites)
-            for norm, node in sites:
-                if norm in self.norms:
-                    self._read_norm(block, norm, node, exact)
-        self.calls += counts
+            counts |= Counter(map(block.get_submodule,
+                                  (node.target for node in sites)))
+            for node in sites:
+                self._note_entered(block, node.target)
+                self._read_call(block, node, exact)
+        self.calls[block] = counts
         if error is not None:
-            reason = (f'the forward of {self.names[block]!r} cannot be traced '
+            reason = (f'the forward of {self._name(block)} cannot be traced '
                       f'({error})')
             for module in _own_modules(block):
                 self.reasons.setdefault(module, (None, reason))
 
-    def _read_norm(self, block: nn.Module, norm: nn.Module, node: fx.Node,
+    def _name(self, block: nn.Module) -> str:
+        return repr(self.names[block]) if self.names[block] else 'the model'
+
+    def _note_entered(self, block: nn.Module, target: str) -> None:
+        *path, _ = target.split('.')
+        for name in path:
+            block = getattr(block, name)
+            self.entered.add(block)
+
+    def _read_call(self, block: nn.Module, node: fx.Node,
                    exact: bool) -> None:
-        conv_path, reason = _producer(block, node)
-        conv = None if conv_path is None else block.get_submodule(conv_path)
-        if conv is not None and reason is None:
-            self.pairs.setdefault((block, conv, norm),
-                                  (conv_path, node.target, exact))
-        elif reason is not None:
+        """Read a call of a normalization, or of what begins with one."""
+        begin = self.ends.begin(block.get_submodule(node.target))
+        if begin is None:
+            return
+        norm_path = '.'.join(filter(None, (node.target, begin.path)))
+        norm = block.get_submodule(norm_path)
+        if norm not in self.norms:
+            return
+        source = self.ends.source(block, node)
+        conv = None
+        if source.path is not None:
+            conv = block.get_submodule(source.path)
+        reason = (conv is not None and _unfit_pair(conv, norm)
+                  ) or source.reason
+        if source.path is not None and conv is not None and not reason:
+            via = [*source.via, *('.'.join(filter(None, (node.target, path)))
+                                  for path in begin.via)]
+            self.pairs.setdefault(
+                (block, conv, norm),
+                _Found(source.path, norm_path, tuple(via), exact))
+        elif reason and (not begin.path or conv is not None):
             self.reasons[norm] = (conv, reason)
 
     def result(self) -> Matches:
         """The pairs found, and the normalizations that are in none."""
+        called = {m for counts in self.calls.values() for m in counts}
+        # Nobody calls these: others call what is in them.
+        unused = self.entered - called
+        calls = sum((counts for block, counts in self.calls.items()
+                     if block not in unused), Counter())
         pairs = []
         for (block, conv, norm), found in self.pairs.items():
-            conv_path, norm_path, exact = found
-            sole = exact and self.calls[conv] == self.calls[norm] == 1
+            if block in unused and any(
+                    own[1:] == (conv, norm) and own[0] not in unused
+                    for own in self.pairs):
+                continue
+            sole = (found.exact and not found.via
+                    and calls[conv] == calls[norm] == 1)
             pairs.append(
                 Match(self.names[block], self.names[conv], self.names[norm],
-                      conv_path, norm_path,
-                      _why_stock(conv) or _why_stock(norm), sole))
+                      found.conv_path, found.norm_path,
+                      _why_stock(conv) or _why_stock(norm), sole, found.via))
         paired = {norm for *_, norm in self.pairs}
         left_out = []
         for norm in self.norms:
@@ -201,92 +237,43 @@ class _Search:
         return Matches(pairs, left_out)
 
 
+class _Found(NamedTuple):
+    """What a block calls the layers of a pair, and whether on one way."""
+
+    conv_path: str
+    norm_path: str
+    via: tuple[str, ...]
+    exact: bool
+
+
 def _is_layer(module: nn.Module) -> bool:
     return looks_like_conv(module) or _is_norm(module)
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Children, those in plain containers (which have no forward) too."""
+    """Children, and those in containers, which a forward may reach into."""
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if not has_forward(child):
             yield from _own_modules(child)
-        else:
-            yield child
+            continue
+        yield child
+        if type(child) is nn.Sequential:
+            yield from _own_modules(child)
 
 
 # --------------------------------------------------------------------------
-# Reading a graph
+# Why two layers are no pair
 # --------------------------------------------------------------------------
 
 
-def _call_sites(block: nn.Module,
-                graph: fx.Graph) -> list[tuple[nn.Module, fx.Node]]:
-    return [(block.get_submodule(node.target), node) for node in graph.nodes
-            if node.op == 'call_module']
-
-
-def _producer(
-        block: nn.Module,
-        node: fx.Node) -> tuple[str | None, str | None]:
-    """The convolution before a normalization, and why they are no pair."""
-    norm = block.get_submodule(node.target)
-    inputs = [*node.args, *node.kwargs.values()]
-    if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
-        return None, 'it is not called with one tensor'
-    source = inputs[0]
-    if source.target is operator.getitem and _gives_list(
-            block, source.args[0]):
-        others = [user for user in source.users if user is not node]
-        source = source.args[0]
-    else:
-        others = [user for user in source.users if user is not node]
-    if source.op != 'call_module':
-        return None, f'its input comes from {_describe(source)}'
-    conv = block.get_submodule(source.target)
-    if not looks_like_conv(conv):
-        return None, ('its input comes from the module '
-                      f'{source.target!r} ({type(conv).__name__})')
-    reason = _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
-    if reason is not None:
-        return source.target, reason
-    if source.meta['in_function'] != node.meta['in_function']:
-        return source.target, ('one of the two runs inside an autograd '
-                               'function (a reentrant checkpoint is one)')
-    if others:
-        return source.target, ('the output of the convolution also goes to '
-                               f'{_describe(others[0])}')
-    between = source.next
-    while between is not node:
-        if not _changes_nothing(block, between):
-            return source.target, (f'{_describe(between)} runs between '
-                                   'the convolution and the BN')
-        between = between.next
-    return source.target, None
-
-
-def _gives_list(block: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls a convolution that gives a list."""
-    if node.op != 'call_module':
-        return False
-    kind = conv_kind(type(block.get_submodule(node.target)))
-    return kind is not None and kind.gives_list
-
-
-def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
-    """Whether what runs at a node leaves tensors as they are."""
-    if node.op != 'call_module':
-        return (node.op in ('get_attr', 'placeholder')
-                or node.target is operator.getitem)
-    module = block.get_submodule(node.target)
-    return not has_hooks(module) and (
-        conv_kind(type(module)) is not None
-        or norm_kind(module) is not None)
+def _unfit_pair(conv: nn.Module, norm: nn.Module) -> str | None:
+    return _unfit_conv(conv) or _unfit_norm(norm) or _unfit(conv, norm)
 
 
 def _unfit_conv(conv: nn.Module) -> str | None:
     if overridden(conv, 'forward'):
         return "the convolution's forward is replaced on the instance"
-    if conv_kind(type(conv)) is None:
+    if not is_known_conv(conv):
         return (f'{type(conv).__name__} is not a convolution that '
                 'mmtune knows')
     return None
@@ -321,152 +308,3 @@ def _unfit(conv: nn.Module, norm: nn.Module) -> str | None:
         return (f'the convolution has {channels} output channels, the BN '
                 f'{norm.running_mean.numel()}')
     return None
-
-
-def _describe(node: fx.Node) -> str:
-    if node.op == 'placeholder':
-        return f'the argument {node.target!r}'
-    if node.op == 'call_module':
-        return f'the module {node.target!r}'
-    if node.op == 'output':
-        return "the block's output"
-    return f'`{getattr(node.target, "__name__", node.target)}`'
-
-
-# --------------------------------------------------------------------------
-# Tracing
-# --------------------------------------------------------------------------
-
-
-class _Proxy(fx.Proxy):
-    """A proxy of some length, as `f(*x)` asks for."""
-
-    def __len__(self) -> int:
-        return self.tracer.guess_length()
-
-
-class _BlockTracer(fx.Tracer):
-    """Traces one forward; where it branches on data, takes one branch.
-
-    Args:
-        branch (bool): The branch to take.
-    """
-
-    # Loops on data would not end.
-    MAX_GUESSES = 1000
-    # As how many a tensor or a list of unknown length is taken.
-    LENGTH = 16
-
-    def __init__(self, branch: bool) -> None:
-        super().__init__()
-        # Else `self.counter += 1` would count the trace.
-        self.proxy_buffer_attributes = True
-        self.branch = branch
-        self.guesses = 0
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return True
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta['in_function'] = inside_autograd_function()
-        return node
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        self._guess()
-        return self.branch
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def guess_length(self) -> int:
-        self._guess()
-        return self.LENGTH
-
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        return (obj[i] for i in range(self.guess_length()))
-
-    def _guess(self) -> None:
-        self.guesses += 1
-        if self.guesses > self.MAX_GUESSES:
-            raise fx.proxy.TraceError('a loop depends on data')
-
-
-def _trace(block: nn.Module) -> tuple[list[fx.Graph], bool, str | None]:
-    """Trace a block's forward.
-
-    Returns:
-        tuple[list[fx.Graph], bool, str | None]: A graph, or one for each
-        branch where the forward branches on data, as far as they could be
-        traced; whether there was only one way; and what ended the trace.
-    """
-    if overridden(block, 'forward'):
-        return [], False, 'forward is replaced on the instance'
-    if isinstance(block, (fx.GraphModule, torch.jit.ScriptModule)):
-        return [], False, 'its code was generated for this instance'
-    with _random_state_kept():
-        graph, guessed, error = _trace_branch(block, False)
-        if not guessed:
-            return [graph], error is None, error
-        return [graph, _trace_branch(block, True)[0]], False, error
-
-
-def _trace_branch(block: nn.Module,
-                  branch: bool) -> tuple[fx.Graph, bool, str | None]:
-    """Trace one way; what came before an error is a part of the forward."""
-    tracer = _BlockTracer(branch)
-    error = None
-    try:
-        tracer.trace(_stand_in(block), _defaults(block))
-    except Exception as raised:  # user code under proxies: anything
-        message = str(raised).partition('\n')[0].partition('. ')[0]
-        error = f'{type(raised).__name__}: {message}'
-    graph = getattr(tracer, 'graph', fx.Graph())
-    return graph, tracer.guesses > 0, error
-
-
-def _stand_in(block: nn.Module) -> nn.Module:
-    """A copy down to the containers, not the tensors.
-
-    It takes what a forward under trace assigns and appends, on the block
-    and on its children.
-    """
-    copies: dict[nn.Module, nn.Module] = {}
-    for module in block.modules():
-        stand_in = copies[module] = bare_copy(module)
-        for name, value in vars(module).items():
-            if isinstance(value, (dict, list, set)):
-                vars(stand_in)[name] = copy.copy(value)
-        if OWN_OPTION in vars(stand_in):
-            vars(stand_in)[OWN_OPTION] = None
-    for stand_in in copies.values():
-        for name, child in stand_in._modules.items():
-            if child is not None:
-                stand_in._modules[name] = copies[child]
-    return copies[block]
-
-
-def _defaults(block: nn.Module) -> dict | None:
-    """Values of the arguments that have one: a forward branches on them."""
-    parameters = inspect.signature(type(block).forward).parameters
-    return {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.default is not parameter.empty
-    }
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = [torch.cuda.current_device()] if (
-        torch.cuda.is_available() and torch.cuda.is_initialized()) else []
-    numpy = sys.modules.get('numpy')
-    python_state = random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 __all__ = ['Report', 'Row']
 
+# From more rows than these on, a reason has one line in the table.
+MANY = 3
+
 
 @dataclass(frozen=True)
 class Row:
@@ -73,8 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [('conv', 'bn', 'mode', 'reason')]
-        lines += [(row.conv or '-', row.bn, row.mode, row.reason)
-                  for row in self.rows]
+        lines += self._lines()
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         lines.insert(1, tuple('-' * width for width in widths) + ('------', ))
         table = [
@@ -82,3 +84,18 @@ class Report:
                       + [line[3]]).rstrip() for line in lines
         ]
         return '\n'.join(table + [self.summary()])
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        """A line a row; of many that a reason leaves out, the first alone."""
+        counts = Counter(row.reason for row in self.left_out)
+        lines: list[tuple[str, ...]] = []
+        told = set()
+        for row in self.rows:
+            is_many = row.mode == 'stock' and counts[row.reason] > MANY
+            if is_many and row.reason in told:
+                continue
+            told.add(row.reason)
+            more = f' and {counts[row.reason] - 1} more' if is_many else ''
+            lines.append((row.conv or '-', row.bn + more, row.mode,
+                          row.reason))
+        return lines

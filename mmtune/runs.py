@@ -15,9 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mmtune.attach import Hook, Override, attach
-from mmtune.deferred import defer, inside_autograd_function, settle
-from mmtune.kinds import ConvKind
+from mmtune import native
+from mmtune.attach import (
+    BACKWARD_HOOKS,
+    HOOKS,
+    Hook,
+    Override,
+    attach,
+    has_hooks,
+)
+from mmtune.deferred import (
+    Call,
+    CompiledDeferredConv,
+    defer,
+    inside_autograd_function,
+    settle,
+)
+from mmtune.known import Memory, entries
 
 __all__ = ['BlockRun', 'BlockState', 'Pair', 'at', 'attach_block', 'runs',
            'thread']
@@ -31,12 +45,20 @@ class Pair(NamedTuple):
         norm (NormState): State of the normalization.
         conv_path (tuple[str]): Where the block has the convolution.
         norm_path (tuple[str]): Where the block has the normalization.
+        via (tuple[tuple[str]]): Where it has the modules that are given what
+            passes between the two, or give it.
     """
 
     conv: Any
     norm: Any
     conv_path: tuple[str, ...]
     norm_path: tuple[str, ...]
+    via: tuple[tuple[str, ...], ...] = ()
+
+    def modules_between(self, block: nn.Module) -> list[nn.Module]:
+        """The modules that are given what passes between the two."""
+        modules = (at(block, path) for path in self.via)
+        return [module for module in modules if module is not None]
 
 
 def at(module: Any, path: tuple[str, ...]) -> Any:
@@ -61,21 +83,59 @@ class BlockState:
     Attributes:
         pairs (list[Pair]): What the trace found.
         told (bool): Whether a warning said that layers were replaced.
+        known (Memory[nn.Module, Known]): By its convolution, a pair that was
+            checked in full.
     """
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
         self.told = False
+        self.known = Memory()
+        self._found = Memory()
 
-    def pairs_in(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs_in(self, block: nn.Module,
+                 compiling: bool) -> list[tuple[nn.Module, nn.Module]]:
         """The pairs that a block has now, by the modules that it has now."""
+        if compiling:
+            return self._find(block)
+        node = native.node()
+        facts, found = self._found.get('latest', (None, None))
+        if (facts and node is not None and facts[0][0] is block._modules
+                and node.all_facts_hold(facts)):
+            return found
+        found = self._find(block)
+        self.known.clear()
+        self._found['latest'] = self.facts(block), found
+        return found
+
+    def facts(self, block: nn.Module) -> tuple:
+        """What has to hold for the block to have the pairs that it has."""
+        holders = {id(block): block}
+        for pair in self.pairs:
+            for path in (pair.conv_path, pair.norm_path):
+                for end in range(1, len(path)):
+                    holder = at(block, path[:end])
+                    holders[id(holder)] = holder
+        hooks = {
+            id(dicts): dicts
+            for pair in self.pairs for module in pair.modules_between(block)
+            for dicts in (vars(module)[name]
+                          for name in (*HOOKS, *BACKWARD_HOOKS))
+        }
+        return entries(
+            *[holder._modules for holder in holders.values()
+              if holder is not None], *hooks.values())
+
+    def _find(self, block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         found = []
         for pair in self.pairs:
             conv, norm = at(block, pair.conv_path), at(block, pair.norm_path)
             if (conv is not None and norm is not None
                     and '_tune_conv' in conv.__dict__
                     and '_tune_norm' in norm.__dict__):
-                found.append((conv, norm))
+                if not (pair.via and _may_be_seen(
+                        pair.modules_between(block))):
+                    found.append((conv, norm))
             elif not self.told:
                 self._tell(pair, conv, norm)
         return found
@@ -100,6 +160,12 @@ class BlockState:
                 return
 
 
+def _may_be_seen(modules: list[nn.Module]) -> bool:
+    """Whether hooks may see what modules are given or give."""
+    # torch.compile cannot look at them.
+    return torch.compiler.is_compiling() or any(map(has_hooks, modules))
+
+
 def _is_replaced(layer: Any, state: Any) -> bool:
     """Whether a layer is another than the one that was turned on."""
     # Turned off, it may be the same one still.
@@ -107,17 +173,21 @@ def _is_replaced(layer: Any, state: Any) -> bool:
         '_tune_conv' in vars(layer) or '_tune_norm' in vars(layer)))
 
 
-# By thread, the innermost run of a block. torch.compile knows one thread.
+COMPILING = 0
+# By thread, the innermost run of a block.
 _RUNS: dict[int, 'BlockRun'] = {}
 
 
 def thread() -> int:
-    """The current thread, by which runs are told apart."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    """The current thread, by which runs are told apart.
 
-
-def _handled_error() -> BaseException | None:
-    return None if torch.compiler.is_compiling() else sys.exc_info()[1]
+    Returns:
+        int: ``COMPILING`` under ``torch.compile``, which knows one thread.
+    """
+    # Asked once a hook, since it takes a while, and passed on.
+    if torch.compiler.is_compiling():
+        return COMPILING
+    return threading.get_ident()
 
 
 class BlockRun:
@@ -125,34 +195,42 @@ class BlockRun:
 
     Args:
         block (nn.Module): The block.
+        state (BlockState): State of the block.
         pairs (list[tuple[nn.Module, nn.Module]]): Its convolutions and
             normalizations.
         outer (BlockRun, optional): The run that this one is a part of.
+        key (int): The :func:`thread`.
         frame (FrameType, optional): Where it began, to know whether it goes
             on; None under ``torch.compile``.
     """
 
-    __slots__ = ('block', 'error', 'frame', 'inside_function', 'outer',
-                 'pairs', 'promised', 'promises')
+    __slots__ = ('block', 'error', 'frame', 'inside_function', 'key', 'outer',
+                 'pairs', 'promises', 'state')
 
-    def __init__(self, block: nn.Module, pairs: list,
-                 outer: 'BlockRun | None',
+    def __init__(self, block: nn.Module, state: BlockState, pairs: list,
+                 outer: 'BlockRun | None', key: int,
                  frame: FrameType | None = None) -> None:
         self.block = block
+        self.state = state
         self.pairs = pairs
         self.outer = outer
+        self.key = key
         self.frame = frame
-        self.error = _handled_error()
+        self.error = self._handled_error()
         self.inside_function = inside_autograd_function()
-        self.promised = False
-        self.promises: list[weakref.ref] = []
+        # Weak, but under torch.compile, which knows no weak references.
+        self.promises: list[Any] = []
 
-    def promise(self, name: str, kind: ConvKind, conv: nn.Module,
-                inputs: tuple) -> Any:
+    def promise(self, call: Call, inputs: tuple,
+                inside_function: bool = False, known: Any = None) -> Any:
         """Promise the output of a convolution called in this run."""
-        deferred = defer(name, conv, kind, inputs)
-        self.promised = True
-        if not torch.compiler.is_compiling():
+        deferred: Any
+        if self.key == COMPILING:
+            deferred = CompiledDeferredConv(call, inputs, inside_function)
+            self.promises.append(deferred)
+        else:
+            deferred = defer(call, inputs, inside_function, known)
+            deferred.run = self
             self.promises.append(weakref.ref(deferred))
         return deferred
 
@@ -169,23 +247,33 @@ class BlockRun:
 
     def finish(self, output: Any) -> Any:
         """Let no promise outlive the block, wherever it was put."""
-        if not self.promised or _handled_error() is not self.error:
+        if not self.promises or self._handled_error() is not self.error:
             return output
-        output = settle(output)
-        for reference in self.promises:
-            deferred = reference()
-            if deferred is not None:
-                deferred.tensor()
+        if type(output) is not torch.Tensor:
+            # Those of an outer run may go on, to a normalization there.
+            output = settle(
+                output, None if self.key == COMPILING else self)
+        if self.key != COMPILING:
+            for reference in self.promises:
+                deferred = reference()
+                if deferred is not None:
+                    deferred.tensor()
         return output
 
 
-def runs() -> BlockRun | None:
-    """The innermost run of a block in this thread.
+    def _handled_error(self) -> BaseException | None:
+        return None if self.key == COMPILING else sys.exc_info()[1]
+
+
+def runs(key: int) -> BlockRun | None:
+    """The innermost run of a block in a thread.
+
+    Args:
+        key (int): The :func:`thread` that runs.
 
     Returns:
         BlockRun | None: Its ``outer`` leads to the others.
     """
-    key = thread()
     run = _RUNS.get(key)
     while run is not None and not run.goes_on():
         run = run.outer
@@ -200,10 +288,11 @@ def _set_innermost(key: int, run: BlockRun | None) -> None:
         _RUNS[key] = run
 
 
-def _enter(block: nn.Module, frame: FrameType | None) -> None:
-    outer = runs()
-    _RUNS[thread()] = BlockRun(block, block._tune_block.pairs_in(block), outer,
-                               frame)
+def _enter(block: nn.Module, key: int, frame: FrameType | None) -> None:
+    state = block._tune_block
+    _RUNS[key] = BlockRun(block, state,
+                          state.pairs_in(block, key == COMPILING), runs(key),
+                          key, frame)
 
 
 def _leave(block: nn.Module, output: Any) -> Any:
@@ -223,11 +312,12 @@ def enter_block(block: nn.Module, args: tuple,
     """Forward pre-hook of a block."""
     if '_tune_block' not in vars(block):
         return
-    if torch.compiler.is_compiling():
-        _enter(block, None)
+    key = thread()
+    if key == COMPILING:
+        _enter(block, key, None)
     # Some take all forward hooks away.
     elif leave_block in block._forward_hooks.values():
-        _enter(block, sys._getframe(1))
+        _enter(block, key, sys._getframe(1))
 
 
 @Hook
@@ -241,10 +331,11 @@ class Entry(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block = self.module
-        run = runs()
+        key = thread()
+        run = runs(key)
         if run is not None and run.block is block:
             return self.stock(*args, **kwargs)
-        _enter(block, None)
+        _enter(block, key, None)
         output = None
         try:
             output = self.stock(*args, **kwargs)

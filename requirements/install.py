@@ -1,10 +1,11 @@
 """Make the project's virtual environment, `.venv`, with pinned versions.
 
 `make env` runs this with the Python that `.venv` is to be made from; only the
-standard library is needed. Where `.venv` is complete and up to date it returns
-at once; where an earlier run was cut short it goes on from there. pip obeys
-its own settings, so an index or a folder of wheels named in `PIP_*` variables
-is used.
+standard library is needed. Arguments are extras of setup.py that most targets
+do without, such as `docs`: they are installed into `.venv` as well. Where
+`.venv` is complete and up to date it returns at once; where an earlier run was
+cut short it goes on from there. pip obeys its own settings, so an index or a
+folder of wheels named in `PIP_*` variables is used.
 """
 import fcntl
 import hashlib
@@ -53,7 +54,7 @@ print(json.dumps(dict(
 """
 
 
-def main():
+def main(extras=()):
     """Bring `.venv` up to date, one run at a time."""
     if sys.version_info < (3, 10):  # noqa: UP036 - make may name any Python
         found = '.'.join(map(str, sys.version_info[:2]))
@@ -63,11 +64,24 @@ def main():
     with CONSTRAINTS.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wanted = fingerprint()
-        if is_complete(wanted):
-            return
-        install()
-        COMPLETE.write_text(wanted)
-        say('Done')
+        if not is_complete(wanted):
+            install()
+            COMPLETE.write_text(wanted)
+            say('Done')
+        for extra in extras:
+            add(extra, wanted)
+
+
+def add(extra, wanted):
+    """Install what an extra of setup.py needs, unless it is there."""
+    complete = COMPLETE.with_name(f'complete-{extra}')
+    if complete.exists() and complete.read_text() == wanted:
+        return
+    say(f'Installing the packages of the extra `{extra}`')
+    with changing():
+        pip('install', '--no-build-isolation', '--editable',
+            f'{ROOT}[{extra}]')
+    complete.write_text(wanted)
 
 
 def is_complete(wanted):
@@ -280,6 +294,6 @@ def say(text):
 
 if __name__ == '__main__':
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit('\nThe set-up was interrupted; the same command goes on.')

@@ -4,6 +4,20 @@ import torch
 from mmtune import behaviours
 
 
+def pytest_addoption(parser):
+    parser.addoption('--every', type=int, default=1, metavar='N',
+                     help='run the first test and every Nth after it')
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    chosen = items[::config.getoption('every')]
+    kept = set(chosen)
+    config.hook.pytest_deselected(
+        items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True, scope='session')
 def few_threads():
     """Keep the thread count, and so rounding, alike on every machine."""

@@ -843,13 +843,33 @@ class Checked(nn.BatchNorm2d):
             raise ValueError(f'expected {self.num_features} channels')
 
 
-def test_a_norm_that_checks_its_input_itself_is_left_out(x):
+class ChecksNumbers(nn.BatchNorm2d):
+
+    def _check_input_dim(self, input):
+        if not input.isfinite().all():
+            raise ValueError('expected numbers')
+
+
+def test_a_norm_that_checks_the_numbers_of_its_input_is_left_out(x):
     stock, model = make_block(), make_block()
     for one in (stock, model):
-        one.bn = randomize(Checked(4)).double().eval()
+        one.bn = randomize(ChecksNumbers(4)).double().eval()
     report = turn_on(model)
     assert 'overrides `_check_input_dim`' in report.left_out[0].reason
     assert_equal_steps(step(stock, x), step(model, x))
+
+
+def test_a_norm_that_checks_the_shape_of_its_input_still_does(x):
+    stock, model = make_block(), make_block()
+    for one in (stock, model):
+        one.bn = randomize(Checked(4)).double().eval()
+    turn_on(model)
+    assert_equal_steps(step(stock, x), step(model, x))
+    assert runs(model) == ['fused', 'fused']
+    model.conv = nn.Conv2d(3, 5, 1).double()
+    turn_on(model)
+    with pytest.raises(ValueError, match='expected 4 channels'):
+        model(x)
 
 
 class Sizes(nn.Module):

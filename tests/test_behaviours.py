@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from mmtune import native, turn_off, turn_on
 from mmtune.analysis import saved_bytes
-from mmtune.api import keep_folds
 from mmtune.deferred import settle
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
@@ -880,7 +879,7 @@ def test_no_map_is_small_for_the_native_node(sizes, learns):
     turn_on(model)
     assert_equal_steps(step(stock, x), step(model, x))
     assert runs(model) == ['fused']
-    with torch.no_grad(), keep_folds(model):
+    with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(model(x), stock(x), rtol=1e-10,
                                        atol=1e-10)
@@ -888,27 +887,6 @@ def test_no_map_is_small_for_the_native_node(sizes, learns):
     model.train(), stock.train()
     assert_equal_steps(step(stock, x), step(model, x))
     assert runs(model) == ['train mode']
-
-
-@pytest.mark.small_maps
-@pytest.mark.parametrize('size, expected', [(7, 'small'), (8, 'fused')])
-def test_a_kept_fold_costs_nothing_however_large_the_weight(
-        size, expected, in_python):
-    model = randomize(
-        nn.Sequential(
-            nn.Conv2d(512, 1024, 3, padding=1),
-            nn.BatchNorm2d(1024))).double().eval()
-    stock = stock_copy(model)
-    turn_on(model)
-    x = torch.randn(1, 512, size, size, dtype=torch.float64)
-    with torch.no_grad(), keep_folds(model):
-        torch.testing.assert_close(model(x), stock(x))
-        assert runs(model) == [expected]
-    model(x)
-    assert runs(model) == ['small']
-    with keep_folds(model):
-        model(x)  # for a gradient
-        assert runs(model) == ['small']
 
 
 @pytest.mark.small_maps

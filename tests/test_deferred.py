@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmtune import turn_on
-from mmtune.deferred import DeferredConv, defer, settle
+from mmtune.deferred import DeferredConv, call_of, defer, settle
 from mmtune.kinds import conv_kind
 
 
@@ -16,7 +16,7 @@ def block():
 
 
 def promise_of(conv, x):
-    return defer('0', conv, conv_kind(nn.Conv2d), (x, ))
+    return defer(call_of('0', conv, conv_kind(nn.Conv2d), x), (x, ))
 
 
 def test_promise_has_every_attribute_of_a_tensor(block):

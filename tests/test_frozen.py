@@ -10,7 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmtune import turn_on
-from mmtune.api import keep_folds
 from mmtune.frozen import Frozen, frozen
 from tests.oracle import assert_equal_steps, runs, step, stock_copy
 
@@ -117,6 +116,13 @@ CERTAIN = {
         lambda: OtherName(variance_epsilon=1e-3), 1e-3),
     'num_batches_tracked': (lambda: Counting(eps=1e-5), None),
     'a dict': (lambda: Described(eps=1e-5, cfg=dict(gain=1)), None),
+    'ReLU in place': (lambda: Activated(nn.ReLU(inplace=True)), None),
+    'SiLU': (lambda: Activated(nn.SiLU(inplace=True)), None),
+    'an activation that learns': (lambda: Activated(nn.PReLU(CHANNELS)),
+                                  None),
+    'a wrapper': (lambda: Activated(nn.Sequential(nn.ReLU(), nn.AvgPool2d(
+        2))), None),
+    'the same twice': (lambda: ActivatedTwice(nn.Softplus()), None),
     'unused attributes': (lambda: Torchvision(
         eps=1e-5, num_features=6, name='bn1', sizes=(1, [2])), None),
 }
@@ -135,16 +141,58 @@ class DropsInEval(Buffers):
         return F.dropout(self.affine(x, self.eps), .5, not self.training)
 
 
-class WithChildren(Torchvision):
-    """As timm's FrozenBatchNormAct2d, with nothing to activate."""
+class Activated(Torchvision):
+    """As timm's FrozenBatchNormAct2d."""
 
-    def __init__(self, **attributes):
-        super().__init__(**attributes)
-        self.drop = nn.Dropout()
-        self.act = nn.Identity()
+    def __init__(self, act, drop=nn.Identity, eps=1e-5):
+        super().__init__(eps=eps)
+        self.drop = drop()
+        self.act = act
+        self.unused = nn.Conv2d(1, 1, 1)
 
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
+
+
+class ActivatedTwice(Activated):
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class OfItsSibling(Activated):
+    """Asks what the modules are of, and does something else by that."""
+
+    def forward(self, x):
+        if isinstance(self.drop, nn.Identity):
+            return super().forward(x) * 2
+        return super().forward(x)
+
+
+class InPlaceAfter(Activated):
+
+    def forward(self, x):
+        return super().forward(x).mul_(2)
+
+
+class Before(Activated):
+
+    def forward(self, x):
+        return Torchvision.forward(self, self.act(x))
+
+
+class Beside(Activated):
+
+    def forward(self, x):
+        y = Torchvision.forward(self, x)
+        return self.act(y) * self.drop(y)
+
+
+class InTrainMode(Activated):
+
+    def forward(self, x):
+        y = Torchvision.forward(self, x)
+        return self.act(y) if self.training else y
 
 
 class Relu(Torchvision):
@@ -259,7 +307,11 @@ ELSE = 'computes something else, or more, than (x - running_mean)'
 UNCERTAIN = {
     'drops in train mode': (Drops, ELSE),
     'drops in eval mode': (DropsInEval, ELSE),
-    'children': (WithChildren, "holds 'drop', 'act', which its forward may"),
+    'asks what its modules are': (lambda eps: OfItsSibling(nn.ReLU()), ELSE),
+    'in place after a module': (lambda eps: InPlaceAfter(nn.ReLU()), ELSE),
+    'a module before': (lambda eps: Before(nn.ReLU()), ELSE),
+    'two modules beside each other': (lambda eps: Beside(nn.ReLU()), ELSE),
+    'a module in train mode': (lambda eps: InTrainMode(nn.ReLU()), ELSE),
     'relu': (Relu, ELSE),
     'detached': (Detached, ELSE),
     'another gradient': (DetachedInPart, ELSE),
@@ -334,6 +386,26 @@ def test_left_alone_and_named_where_it_is_not(build, reason, train, x):
     assert len(runs(model)) == 1
 
 
+def test_dropout_after_the_formula_is_as_stock(x):
+    model = with_norm(lambda: Activated(nn.ReLU(), nn.Dropout))
+    stock = stock_copy(model)
+    turn_on(model)
+    steps = []
+    for part in (stock, model):
+        torch.manual_seed(3)
+        steps.append(step(part, x))
+    assert_equal_steps(*steps)
+    assert runs(model) == ['fused', 'train mode']
+
+
+def test_deploy_does_not_take_what_does_more_than_normalize(x):
+    model = with_norm(lambda: Activated(nn.ReLU()), train=False)
+    stock = stock_copy(model)
+    row, = turn_on(model, 'Deploy').left_out
+    assert 'does more than normalize' in row.reason
+    torch.testing.assert_close(model(x), stock(x))
+
+
 def test_dropout_of_a_norm_that_was_in_eval_mode_is_kept(x):
     model = with_norm(lambda: Drops(eps=1e-5), train=False)
     stock = stock_copy(model)
@@ -373,6 +445,12 @@ CHANGES = {
                lambda norm: norm.add_module('act', nn.ReLU()), 'stock'),
     'a buffer': (lambda: Torchvision(eps=1e-5),
                  lambda norm: norm.running_var.mul_(2), 'fused'),
+    'another activation': (lambda: Activated(nn.ReLU()),
+                           lambda norm: setattr(norm, 'act', nn.SiLU()),
+                           'stock'),
+    'another slope': (lambda: Activated(nn.LeakyReLU(.1)),
+                      lambda norm: setattr(norm.act, 'negative_slope', .5),
+                      'fused'),
 }
 
 
@@ -398,11 +476,11 @@ def test_buffers_of_several_dtypes_run_as_stock(x):
     assert runs(model)[0] == 'stock'
 
 
-def test_changed_while_a_fold_is_kept(x):
+def test_changed_between_two_forwards(x):
     model = with_norm(lambda: Torchvision(eps=1e-5), train=False)
     stock = stock_copy(model)
     turn_on(model)
-    with torch.no_grad(), keep_folds(model):
+    with torch.no_grad():
         for eps in (1e-5, .5, 0):
             model[1].eps = stock[1].eps = eps
             torch.testing.assert_close(model(x), stock(x))

@@ -68,6 +68,16 @@ def test_a_changed_file_sets_up_again(install, steps, name):
     assert steps == before * 2
 
 
+def test_extra_comes_last_and_once(install, steps):
+    for _ in range(2):
+        install.main(['docs'])
+    assert len(steps) == 5
+    assert steps[-1].endswith(f'--editable {install.ROOT}[docs]')
+    (install.ROOT / 'setup.py').write_text('other')
+    install.main(['docs'])
+    assert len(steps) == 10
+
+
 def test_set_up_cut_short_starts_from_a_new_venv(install, monkeypatch, steps):
 
     def stop(*command):

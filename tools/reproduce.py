@@ -41,7 +41,7 @@ python tools/reproduce.py --render   # write the pages from their figures
 ```
 
 The figures stand as JSON beside the pages, in
-[reproduction/](reproduction/). Nothing was run on a GPU, nor on COCO, CUB-200,
+`docs/en/reproduction/`. Nothing was run on a GPU, nor on COCO, CUB-200,
 Aircraft or Cars, so that no time on a GPU is checked; the commands for 8 GPUs
 are on the pages on [Table 4](reproduction/table4.md#not-run-here) and
 [Table 3](reproduction/classification.md#not-run-here). That 496 of 634 configs

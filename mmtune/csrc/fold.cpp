@@ -17,13 +17,12 @@
 // one operator in the place of four.
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
@@ -35,6 +34,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include "guard.h"
 
 #include <algorithm>
 #include <cmath>
@@ -70,7 +71,21 @@ enum Plan : int64_t { kChoose, kFold, kScale, kScaleHalf };
 //     256 channels, 3x3   0.01: 1.05, 0.98   0.06: 1.11, 1.01
 //      64 channels, 3x3   0.06: 0.97, 0.95    0.9: 0.96, 0.94  3.6: 0.97, 0.99
 //      depthwise,   3x3   3.6:  0.95, 0.94     14: 0.93, 0.94  57: 0.89, 0.95
-constexpr double kMapPerWeight = 2;
+//
+// Without gradients (--no-gradient):
+//
+//     512 channels, 1x1   0.06: 1.12, 0.97   0.25: 1.13, 0.97   1: 0.97, 0.99
+//     256 channels, 1x1   0.13: 1.02, 0.91    0.5: 0.98, 0.94   2: 0.91, 0.93
+//      64 channels, 1x1   0.5:  0.83, 0.78      2: 0.87, 0.84   8: 0.83, 0.89
+//     256 channels, 3x3   0.06: 1.54, 1.05   0.22: 1.10, 0.98
+//      64 channels, 3x3   0.06: 0.99, 0.93    0.9: 0.97, 0.99 3.6: 0.94, 0.95
+constexpr double kMapPerWeight = 1;
+// In bfloat16 (--dtype bfloat16) the loops do not serve for a map.
+//
+//     512 channels, 1x1   0.06: 1.06, 1.05   0.25: 1.04, 1.08   1: 1.04, 1.09
+//     256 channels, 3x3   0.01: 1.16, 1.12   0.06: 1.07, 1.07
+//      64 channels, 1x1   0.5:  0.99, 1.14     32: 0.91, 1.19
+constexpr double kBrainMapPerWeight = 1. / 16;
 
 Tensor or_undefined(const MaybeTensor& tensor) {
   return tensor.has_value() ? *tensor : Tensor();
@@ -206,8 +221,14 @@ void check(const LinearMap& map, const Tensor& weight) {
 }
 
 Plan choose(const LinearMap& map, const Tensor& x, const Tensor& weight) {
+  // In float16 dw' has fewer digits than Eval's dw where coeff is large.
+  if (x.scalar_type() == at::kHalf) {
+    return kScale;
+  }
+  const double most =
+      x.scalar_type() == at::kBFloat16 ? kBrainMapPerWeight : kMapPerWeight;
   return map.output_numel(x, weight) <=
-          kMapPerWeight * static_cast<double>(weight.numel())
+          most * static_cast<double>(weight.numel())
       ? kScale
       : kFold;
 }
@@ -215,6 +236,17 @@ Plan choose(const LinearMap& map, const Tensor& x, const Tensor& weight) {
 // --------------------------------------------------------------------------
 // Layouts
 // --------------------------------------------------------------------------
+
+// What at::empty and at::empty_like give on a CPU for dense tensors, without
+// the dispatcher, which takes as long as a small pass.
+Tensor make(IntArrayRef sizes, at::ScalarType dtype) {
+  return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+Tensor make_like(const Tensor& tensor) {
+  return Tensor(at::detail::empty_strided_cpu(
+      tensor.sizes(), tensor.strides(), tensor.scalar_type()));
+}
 
 // How a dense tensor lies in memory, by channels: (groups, outer, channels,
 // inner), where channel number ``group * channels + channel`` multiplies.
@@ -514,6 +546,38 @@ bool serves(const Tensor& tensor, at::ScalarType dtype) {
        !tensor.key_set().has(c10::DispatchKey::Python));
 }
 
+// The numbers of a normalization for the loops, made in double precision.
+struct Factors {
+  std::vector<double> rstd, shift;
+  // In the dtype of what it multiplies.
+  std::variant<std::vector<float>, std::vector<double>> coeff;
+};
+
+template <typename T>
+Factors make_factors(const Tensor& constants, const Tensor& weight,
+                     const Tensor& bias, double eps) {
+  const int64_t channels = constants.size(1);
+  const T* mean = constants.const_data_ptr<T>();
+  const T* var = mean + channels;
+  std::vector<double> rstd(channels), shift(channels);
+  std::vector<T> coeff(channels);
+  for (int64_t c = 0; c < channels; c++) {
+    rstd[c] = 1 / std::sqrt(var[c] + eps);
+    shift[c] = -static_cast<double>(mean[c]);
+  }
+  if (bias.defined()) {
+    const T* add = bias.const_data_ptr<T>();
+    for (int64_t c = 0; c < channels; c++) {
+      shift[c] += add[c];
+    }
+  }
+  const T* gamma = weight.defined() ? weight.const_data_ptr<T>() : nullptr;
+  for (int64_t c = 0; c < channels; c++) {
+    coeff[c] = static_cast<T>(gamma ? rstd[c] * gamma[c] : rstd[c]);
+  }
+  return {std::move(rstd), std::move(shift), std::move(coeff)};
+}
+
 // A batch norm with fixed statistics, in one dtype, and the bias before it.
 struct Norm {
   // Those that are undefined count as 1 (weight) or 0.
@@ -526,8 +590,8 @@ struct Norm {
 
   Norm(const Tensor& conv_weight, const Tensor& conv_bias_,
        const Tensor& weight_, const Tensor& bias_, const Tensor& constants_,
-       double eps_)
-      : constants(constants_), eps(eps_) {
+       double eps_, const Tensor& zero = Tensor())
+      : constants(constants_), eps(eps_), zero_(zero) {
     const auto dtype = constants.scalar_type();
     const auto prepare = [&](const Tensor& tensor) {
       return tensor.defined() ? cast(tensor, dtype).contiguous() : tensor;
@@ -569,10 +633,13 @@ struct Norm {
   std::pair<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& tensor,
                                       const Tensor& mean, bool needs_tensor,
                                       bool needs_weight) const {
+    // Some kernels ask whether these are empty, not whether they are given.
+    const Tensor none = constants.select(0, 0).narrow(0, 0, 0);
+    // Where channels lie next to each other, some read a mean as if it did.
+    const Tensor dense = tensor.stride(1) == 1 ? mean.contiguous() : mean;
     auto [grad_tensor, grad_weight, _] = at::native_batch_norm_backward(
-        grad, tensor, or_none(weight), mean, constants.select(0, 1),
-        std::nullopt, std::nullopt, false, eps,
-        {needs_tensor, needs_weight, false});
+        grad, tensor, or_none(weight), dense, constants.select(0, 1), none,
+        none, false, eps, {needs_tensor, needs_weight, false});
     return {grad_tensor, grad_weight};
   }
 
@@ -580,12 +647,18 @@ struct Norm {
     return constants.select(0, 0);
   }
 
-  // Made where they are asked for, since what is kept is for backward.
-  const Tensor& zeros() const {
-    if (!zeros_.defined()) {
-      zeros_ = at::zeros({channels()}, constants.options());
+  // One zero for all channels: a vector of them, kept for backward, would be
+  // half as much as the statistics.
+  Tensor zeros() const {
+    if (!zero_.defined()) {
+      zero_ = at::zeros({1}, constants.options());
     }
-    return zeros_;
+    return zero_.expand({channels()});
+  }
+
+  // The zero, if it was asked for.
+  const Tensor& zero() const {
+    return zero_;
   }
 
   // The bias before the normalization, as a map of one pixel.
@@ -593,34 +666,24 @@ struct Norm {
     return (conv_bias.defined() ? conv_bias : zeros()).view({1, channels()});
   }
 
- private:
-  mutable Tensor zeros_;
-};
-
-// Its numbers for the loops, made in double precision.
-template <typename T>
-struct Factors {
-  std::vector<double> rstd, shift;
-  std::vector<T> coeff;
-
-  explicit Factors(const Norm& norm) {
-    const int64_t channels = norm.channels();
-    const T* mean = norm.constants.const_data_ptr<T>();
-    const T* var = mean + channels;
-    const T* weight =
-        norm.weight.defined() ? norm.weight.const_data_ptr<T>() : nullptr;
-    const T* bias = norm.conv_bias.defined()
-        ? norm.conv_bias.const_data_ptr<T>()
-        : nullptr;
-    rstd.resize(channels);
-    shift.resize(channels);
-    coeff.resize(channels);
-    for (int64_t c = 0; c < channels; c++) {
-      rstd[c] = 1 / std::sqrt(var[c] + norm.eps);
-      shift[c] = (bias ? double(bias[c]) : 0.) - mean[c];
-      coeff[c] = static_cast<T>(weight ? rstd[c] * weight[c] : rstd[c]);
+  // Only where the loops serve.
+  const Factors& factors() const {
+    if (!factors_) {
+      AT_DISPATCH_FLOATING_TYPES(constants.scalar_type(), "factors", [&] {
+        factors_ = make_factors<scalar_t>(constants, weight, conv_bias, eps);
+      });
     }
+    return *factors_;
   }
+
+  template <typename T>
+  const T* coeff() const {
+    return std::get<std::vector<T>>(factors().coeff).data();
+  }
+
+ private:
+  mutable Tensor zero_;
+  mutable std::optional<Factors> factors_;
 };
 
 // The folded weight, in the weight's strides. Where the weight is of the
@@ -630,11 +693,10 @@ Tensor fold_weight(const Tensor& weight, const Rows& rows, const Norm& norm) {
     return from_map(norm.apply(as_map(weight, rows), norm.zeros(), Tensor()),
                     rows, weight);
   }
-  Tensor folded = at::empty_like(weight);
+  Tensor folded = make_like(weight);
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "fold_weight", [&] {
-    const Factors<scalar_t> factors(norm);
     scale(weight.const_data_ptr<scalar_t>(),
-          folded.mutable_data_ptr<scalar_t>(), factors.coeff.data(), rows);
+          folded.mutable_data_ptr<scalar_t>(), norm.coeff<scalar_t>(), rows);
   });
   return folded;
 }
@@ -643,14 +705,16 @@ Tensor fold_bias(const Norm& norm) {
   if (!norm.looped) {
     return norm.apply(norm.bias_map(), norm.mean(), norm.bias).view(-1);
   }
-  Tensor folded = at::empty({norm.channels()}, norm.constants.options());
-  AT_DISPATCH_FLOATING_TYPES(folded.scalar_type(), "fold_bias", [&] {
-    const Factors<scalar_t> factors(norm);
+  const auto dtype = norm.constants.scalar_type();
+  Tensor folded = make({norm.channels()}, dtype);
+  AT_DISPATCH_FLOATING_TYPES(dtype, "fold_bias", [&] {
+    const scalar_t* coeff = norm.coeff<scalar_t>();
+    const std::vector<double>& shift = norm.factors().shift;
     const scalar_t* bias =
         norm.bias.defined() ? norm.bias.const_data_ptr<scalar_t>() : nullptr;
     scalar_t* out = folded.mutable_data_ptr<scalar_t>();
     for (int64_t c = 0; c < norm.channels(); c++) {
-      out[c] = static_cast<scalar_t>(factors.shift[c] * factors.coeff[c] +
+      out[c] = static_cast<scalar_t>(shift[c] * coeff[c] +
                                      (bias ? bias[c] : 0.));
     }
   });
@@ -666,7 +730,7 @@ Tensor normalize(const Tensor& map, const Norm& norm) {
   }
   // In place: the kernel reads each element before it writes it.
   Tensor out = map;
-  Tensor unused = at::empty({0}, norm.constants.options());
+  Tensor unused = make({0}, norm.constants.scalar_type());
   at::native_batch_norm_out(out, unused, unused, map,
                             or_none(norm.weight), or_none(norm.bias),
                             norm.mean(), norm.constants.select(0, 1), false,
@@ -753,7 +817,7 @@ Tensor make_constants(const Tensor& mean, const Tensor& var,
       !var.is_contiguous()) {
     return at::stack({mean, var}).to(dtype);
   }
-  Tensor constants = at::empty({2, mean.numel()}, mean.options());
+  Tensor constants = make({2, mean.numel()}, dtype);
   auto* to = static_cast<char*>(constants.mutable_data_ptr());
   const size_t size = mean.nbytes();
   std::memcpy(to, mean.const_data_ptr(), size);
@@ -793,7 +857,7 @@ struct Needs {
 
 // What backward has at hand.
 struct Saved {
-  Tensor x, weight, bias, bn_weight, constants;
+  Tensor x, weight, bias, bn_weight, constants, zero;
 };
 
 struct Gradients {
@@ -813,21 +877,21 @@ std::pair<Tensor, Tensor> scale_gradient(const Tensor& grad, const Norm& norm,
   const auto dense_rows = map_rows(grad);
   const Tensor dense = dense_rows ? grad : grad.contiguous();
   const Rows rows = dense_rows ? *dense_rows : *map_rows(dense);
-  Tensor scaled = at::empty_like(dense);
+  Tensor scaled = make_like(dense);
   Tensor sum;
   AT_DISPATCH_FLOATING_TYPES(dtype, "scale_gradient", [&] {
-    const Factors<scalar_t> factors(norm);
+    const scalar_t* coeff = norm.coeff<scalar_t>();
     const scalar_t* from = dense.const_data_ptr<scalar_t>();
     scalar_t* to = scaled.mutable_data_ptr<scalar_t>();
     if (needs_sum) {
       std::vector<double> totals(norm.channels());
-      reduce<scalar_t, false, true>(from, nullptr, to, factors.coeff.data(),
-                                    totals.data(), rows);
-      sum = at::empty({norm.channels()}, norm.constants.options());
+      reduce<scalar_t, false, true>(from, nullptr, to, coeff, totals.data(),
+                                    rows);
+      sum = make({norm.channels()}, dtype);
       std::copy(totals.begin(), totals.end(),
                 sum.mutable_data_ptr<scalar_t>());
     } else {
-      scale(from, to, factors.coeff.data(), rows);
+      scale(from, to, coeff, rows);
     }
   });
   return {scaled, sum};
@@ -845,7 +909,7 @@ Tensor sum_gradient(const Tensor& grad, const Norm& norm) {
     }
     return grad.sum(others, false, dtype);
   }
-  Tensor sum = at::empty({norm.channels()}, norm.constants.options());
+  Tensor sum = make({norm.channels()}, dtype);
   AT_DISPATCH_FLOATING_TYPES(dtype, "sum_gradient", [&] {
     std::vector<double> totals(norm.channels());
     reduce<scalar_t, false, false>(grad.const_data_ptr<scalar_t>(), nullptr,
@@ -861,9 +925,9 @@ void chain_looped(const Tensor& folded, const Tensor& sum,
                   const Tensor& weight, const Rows& rows, const Norm& norm,
                   const Needs& needs, Gradients& result) {
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "chain", [&] {
-    const Factors<scalar_t> factors(norm);
+    const Factors& factors = norm.factors();
     const int64_t channels = norm.channels();
-    const scalar_t* coeff = factors.coeff.data();
+    const scalar_t* coeff = norm.coeff<scalar_t>();
     const scalar_t* sums =
         sum.defined() ? sum.const_data_ptr<scalar_t>() : nullptr;
     if (needs.bn_weight) {
@@ -878,7 +942,7 @@ void chain_looped(const Tensor& folded, const Tensor& sum,
         reduce<scalar_t, true, false>(grad, with, nullptr, nullptr,
                                       dots.data(), rows);
       }
-      result.bn_weight = at::empty({channels}, norm.constants.options());
+      result.bn_weight = make({channels}, weight.scalar_type());
       scalar_t* out = result.bn_weight.mutable_data_ptr<scalar_t>();
       for (int64_t c = 0; c < channels; c++) {
         out[c] = static_cast<scalar_t>(
@@ -892,7 +956,7 @@ void chain_looped(const Tensor& folded, const Tensor& sum,
       result.weight = folded;
     }
     if (needs.bias) {
-      result.bias = at::empty({channels}, norm.constants.options());
+      result.bias = make({channels}, weight.scalar_type());
       scalar_t* out = result.bias.mutable_data_ptr<scalar_t>();
       for (int64_t c = 0; c < channels; c++) {
         out[c] = sums[c] * coeff[c];
@@ -952,7 +1016,7 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
   const Below below;
   const auto dtype = grad.scalar_type();
   const Norm norm(saved.weight, saved.bias, saved.bn_weight, Tensor(),
-                  saved.constants, block.eps);
+                  saved.constants, block.eps, saved.zero);
   Tensor dense = to_fold(saved.weight, dtype, norm, block.map);
   Rows rows = *weight_rows(dense, block.map);
   const bool needs_folded = needs.weight || needs.bn_weight;
@@ -1029,7 +1093,7 @@ Gradients gradients(const Block& block, Tensor grad, const Saved& saved,
 Gradients differentiable_gradients(const Block& block, const Tensor& grad,
                                    const Saved& saved, const Needs& needs) {
   const Uncast uncast;
-  const auto& [x, weight, bias, bn_weight, constants] = saved;
+  const auto& [x, weight, bias, bn_weight, constants, _] = saved;
   const auto dtype = constants.scalar_type();
   const Tensor mean = constants.select(0, 0);
   const Tensor coeff = coefficients(constants, bn_weight, block.eps);
@@ -1112,12 +1176,13 @@ struct Fold : torch::autograd::Function<Fold> {
     const bool keeps_x = weight.requires_grad() ||
         (bn_weight.has_value() && bn_weight->requires_grad());
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({keeps_x ? x : Tensor(), weight,
-                            or_undefined(bias), or_undefined(bn_weight),
-                            norm.constants});
     block.save(ctx);
     const Below below;
-    return run(block, x, weight, norm);
+    Tensor output = run(block, x, weight, norm);
+    ctx->save_for_backward({keeps_x ? x : Tensor(), weight,
+                            or_undefined(bias), or_undefined(bn_weight),
+                            norm.constants, norm.zero()});
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -1128,7 +1193,7 @@ struct Fold : torch::autograd::Function<Fold> {
     const Block block = Block::load(ctx);
     variable_list tensors = ctx->get_saved_variables();
     const Saved saved{tensors[0], tensors[1], tensors[2], tensors[3],
-                      tensors[4]};
+                      tensors[4], tensors[5]};
     const bool has_bn_bias = block.bn_bias_dtype != at::ScalarType::Undefined;
     // Edges are numbered without those that are None.
     size_t edge = 0;
@@ -1196,7 +1261,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
       " dimensions and the input ", x.dim(), "; pass a batch of inputs");
   if (plan == kChoose) {
     block.plan = choose(block.map, x, weight);
-  } else if (plan == kScale && x.scalar_type() == at::kHalf) {
+  }
+  if (block.plan == kScale && x.scalar_type() == at::kHalf) {
     block.plan = kScaleHalf;
   }
   std::optional<Norm> norm;
@@ -1223,4 +1289,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("fold_and_run",
              torch::wrap_pybind_function_no_gil(fold_and_run));
+  module.def("like", mmtune::like);
+  module.def("all_facts_hold", mmtune::all_facts_hold);
+  module.def("unchanged", mmtune::unchanged);
+  module.def("versions", mmtune::versions);
 }

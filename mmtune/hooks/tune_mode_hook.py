@@ -1,5 +1,4 @@
 """Put a Runner's model into one of the paper's modes, by config."""
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,12 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from mmtune.api import FoldedNorm, keep_folds, latest_runs, turn_on
+from mmtune.api import FoldedNorm, NothingFound, latest_runs, turn_on
+from mmtune.collect_env import native_status
 from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
+from mmtune.report import Row
+from mmtune.version import __version__
 
 __all__ = ['TuneModeHook']
 
@@ -30,6 +32,9 @@ class TuneModeHook(Hook):
     or a dict of the arguments below. Without the key it is the whole model.
     Arguments of the hook win over the key. MMEngine's own rewrite does not
     run where this hook is.
+
+    A model with nothing to turn on trains as stock, with a warning; an empty
+    list in the key asks for nothing.
 
     Deploy mode folds after the weights are loaded, just before training; it
     can neither resume nor go with an ``EMAHook``.
@@ -68,7 +73,8 @@ class TuneModeHook(Hook):
         self._key_in_config: Any = None
         self._pending_deploy: dict | None = None
         self._reported = False
-        self._epoch = contextlib.ExitStack()
+        # Of the table that the log shows already.
+        self._rows: list[Row] = []
 
     def before_run(self, runner: Runner) -> None:
         """Turn the mode on, and keep MMEngine from doing its own rewrite.
@@ -80,9 +86,13 @@ class TuneModeHook(Hook):
             ValueError: If the key or an argument is wrong; the run stops
                 before anything is changed.
         """
-        self._epoch.close()
         _check_sole(runner)
-        options = merge_options(runner.cfg.get(CONFIG_KEY), self.arguments)
+        key = runner.cfg.get(CONFIG_KEY)
+        options = merge_options(key, self.arguments)
+        if _asks_for_nothing(key) and options.get('modules') == key:
+            runner.logger.info(
+                f'`{CONFIG_KEY}` names no modules: no mode is turned on')
+            return
         begin = options.pop('begin', None)
         if begin is not None:
             _check_begin(runner, begin, options)
@@ -164,52 +174,37 @@ class TuneModeHook(Hook):
             _log_runs(runner, _unwrapped(runner.model),
                       expect_folds=self._to_begin is None)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Fold once for the whole epoch, in which nothing changes.
-
-        Args:
-            runner (Runner): The runner of the validation.
-        """
-        self._epoch.enter_context(keep_folds(runner.model))
-
-    def after_val_epoch(self,
-                        runner: Runner,
-                        metrics: dict | None = None) -> None:
-        """Fold at every call again, before anybody swaps weights back.
-
-        Args:
-            runner (Runner): The runner of the validation.
-            metrics (dict, optional): Unused.
-        """
-        self._epoch.close()
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """See :meth:`before_val_epoch`."""
-        self.before_val_epoch(runner)
-
-    def after_test_epoch(self,
-                         runner: Runner,
-                         metrics: dict | None = None) -> None:
-        """See :meth:`after_val_epoch`."""
-        self._epoch.close()
-
     def before_train_epoch(self, runner: Runner) -> None:
         """Hold the BatchNorms, where it is time to.
 
         Args:
             runner (Runner): The runner of the training process.
         """
-        # A validation that an error has cut short.
-        self._epoch.close()
         if self._to_begin is not None and runner.epoch >= self._to_begin[1]:
             self._turn_on(runner, self._to_begin[0])
             self._to_begin = None
             self._reported = False
 
     def _turn_on(self, runner: Runner, options: dict) -> None:
-        report = turn_on(_unwrapped(runner.model), **options)
+        try:
+            report = turn_on(_unwrapped(runner.model), **options)
+        except NothingFound as nothing:
+            runner.logger.warning(f'{nothing}. The model runs as stock')
+            return
+        except ValueError as error:
+            if self.arguments['modules'] is not None:
+                raise
+            # By the name that the user wrote.
+            raise ValueError(
+                str(error).replace('`modules`', f'`{CONFIG_KEY}`')) from error
         modules = options.get('modules') or 'the whole model'
-        runner.logger.info(f'{report.mode} mode in {modules}:\n{report}')
+        is_known = report.rows == self._rows
+        table = report.summary() if is_known else f'\n{report}'
+        self._rows = report.rows
+        runner.logger.info(f'{report.mode} mode in {modules}: {table}')
+        if report.mode == 'Tune':
+            runner.logger.info(
+                f'mmtune {__version__}, native node: {native_status()}')
 
     def _weights_are_loaded(self, runner: Runner) -> None:
         if self._key_in_config is not None:
@@ -229,6 +224,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # `torch.compile(model)`
         else:
             return model
+
+
+def _asks_for_nothing(key: Any) -> bool:
+    return isinstance(key, (list, tuple)) and not key
 
 
 def _is_deployed(runner: Runner) -> bool:

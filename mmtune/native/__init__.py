@@ -185,7 +185,13 @@ def _builds() -> Path:
     return (
         Path(root).expanduser().absolute() / 'mmtune' /
         '-'.join([torch.__version__, str(sys.implementation.cache_tag),
-                  platform.machine(), _digest(SOURCE.read_bytes())]))
+                  platform.machine(), _digest(_sources())]))
+
+
+def _sources() -> bytes:
+    """The source and what it includes."""
+    return b''.join(
+        path.read_bytes() for path in sorted(SOURCE.parent.glob('*.*')))
 
 
 def _digest(data: bytes) -> str:
@@ -257,7 +263,8 @@ def _command(compiler: list[str], version: str) -> list[str]:
     abi = int(torch.compiled_with_cxx11_abi())
     include = package / 'include'
     command = [
-        *compiler, '-O3', '-fPIC', '-shared', f'-std={standard}',
+        *compiler, '-O3', '-fno-math-errno', '-fPIC', '-shared',
+        f'-std={standard}',
         f'-D_GLIBCXX_USE_CXX11_ABI={abi}', f'-DTORCH_EXTENSION_NAME={NAME}',
         f'-isystem{include}', f'-isystem{include}/torch/csrc/api/include',
         f'-isystem{sysconfig.get_path("include")}', str(SOURCE),

@@ -11,10 +11,12 @@ and turn what was kept into the page::
         --docs docs/en/cost.md
 """
 import argparse
+import contextlib
 import copy
 import json
 import operator
 import shlex
+import statistics
 import sys
 import textwrap
 import warnings
@@ -22,8 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.registry import MODELS
@@ -38,12 +39,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtune import behaviours, turn_on
+from mmtune import native, turn_on
 from mmtune.analysis import peak_bytes, saved_bytes
 from mmtune.analysis.machine import describe_commit, describe_machine
 from mmtune.analysis.timing import interleaved_seconds, quartiles
-from mmtune.api import keep_folds, latest_runs
+from mmtune.api import latest_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,27 +57,65 @@ BACKBONES = {
     'HRNetV2-W32': 'hrnet/faster-rcnn_hrnetv2p-w32_1x_coco.py',
     'MobileNetV2': 'trees/retinanet_mobilenet-v2_fpn_250i_trees.py'
 }
+# Two ways to activate: in place (ReLU), and with its input kept (SiLU).
+COMPILED = {
+    'ResNet-18': dict(type='ResNet', depth=18, norm_eval=True),
+    'ResNet-50': dict(type='ResNet', depth=50, norm_eval=True),
+    'CSPDarknet-S': dict(type='CSPDarknet', deepen_factor=.33,
+                         widen_factor=.5, norm_eval=True)
+}
 
 # --------------------------------------------------------------------------
 # Models and modes
 # --------------------------------------------------------------------------
 
 
-def turn_on_folding(model: nn.Module) -> None:
-    """Tune mode that folds however small a map is."""
-    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
-        turn_on(model)
+def rewrite_and_compile(mode: str, model: nn.Module) -> None:
+    """Let torch decide what is kept, without the time of generating code."""
+    REWRITES[mode](model)
+    model.compile(backend='aot_eager_decomp_partition', fullgraph=True)
 
 
+PYTHON = 'Tune, Python path'
 REWRITES: dict[str, Callable[[nn.Module], object]] = {
     'Eval': lambda model: None,
     'MMEngine': turn_on_efficient_conv_bn_eval_for_single_model,
     'Tune': turn_on,
-    'Tune, folding': turn_on_folding,
-    'Tune, folds kept': turn_on,
+    PYTHON: turn_on,
     'Deploy': partial(turn_on, mode='Deploy'),
 }
-MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
+MODES = tuple(REWRITES)
+COMPILED_MODES = ('Eval, compiled', 'Tune, compiled', 'Deploy, compiled')
+REWRITES.update({
+    mode: partial(rewrite_and_compile, mode.partition(',')[0])
+    for mode in COMPILED_MODES
+})
+
+
+@contextlib.contextmanager
+def running(mode: str) -> Iterator[None]:
+    """Take the native node away where a mode runs without it."""
+    node = native.node
+    if mode == PYTHON:
+        native.node = lambda: None
+    try:
+        yield
+    finally:
+        native.node = node
+
+
+def calls_of(models: Mapping[str, nn.Module],
+             make: Callable[[nn.Module], Callable[[], object]]
+             ) -> dict[str, Callable[[], object]]:
+    """Make a call for each mode."""
+
+    def call_of(mode: str, model: nn.Module) -> Callable[[], object]:
+        with running(mode):
+            call = make(model)
+        # The others are not to wait for what this one needs.
+        return running(mode)(call) if mode == PYTHON else call
+
+    return {mode: call_of(mode, model) for mode, model in models.items()}
 
 
 def stock(model: nn.Module, device: str) -> nn.Module:
@@ -230,10 +270,14 @@ class Run:
 
 def kept(run: Run,
          backbones: Sequence[str] = tuple(BACKBONES),
-         image: tuple[int, int] = (384, 672)) -> Iterator[Row]:
+         images: Sequence[tuple[int, int]] = ((384, 672), (224, 224),
+                                              (64, 64))) -> Iterator[Row]:
     """Count what a forward keeps where every parameter learns."""
     for name in run.track(backbones, len(backbones), 'kept'):
-        yield _kept(name, backbone(name, run.device), run.images(*image))
+        model = backbone(name, run.device)
+        for image in images:
+            x = run.images(*image)
+            yield _kept(dict(backbone=name) | _case(x), model, x)
 
 
 def kept_for_input(run: Run,
@@ -243,19 +287,76 @@ def kept_for_input(run: Run,
     for name in run.track(backbones, len(backbones), 'kept-for-input'):
         model = backbone(name, run.device).requires_grad_(False)
         x = run.images(*image).requires_grad_()
-        yield _kept(name, model, x)
+        yield _kept(dict(backbone=name), model, x)
 
 
-def _kept(name: str, model: nn.Module, x: Tensor) -> Row:
-    models, failed = variants(model)
+def compiled(run: Run,
+             backbones: Sequence[str] = tuple(COMPILED),
+             dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+             image: tuple[int, int] = (384, 384)) -> Iterator[Row]:
+    """Count what a forward keeps under ``torch.compile``, and without."""
+    register_all_modules()
+    cases = [(name, dtype) for name in backbones for dtype in dtypes]
+    for name, dtype in run.track(cases, len(cases), 'compiled'):
+        torch.compiler.reset()
+        model = stock(MODELS.build(COMPILED[name]), run.device)
+        case = dict(backbone=name, dtype=str(dtype).rpartition('.')[2])
+        amp = torch.autocast(run.device, dtype,
+                             enabled=dtype != torch.float32)
+        with amp:
+            row = _kept(case, model, run.images(*image),
+                        ('Eval', 'Tune', 'Deploy', *COMPILED_MODES))
+        yield row
+
+
+def _kept(case: dict[str, object], model: nn.Module, x: Tensor,
+          modes: Iterable[str] = MODES) -> Row:
+    models, failed = variants(model, modes)
     kept: dict[str, float] = {}
     for mode, rewritten in models.items():
-        with saved_bytes(rewritten) as saved:
+        with running(mode), saved_bytes(rewritten) as saved:
             # What is kept lives as long as the outputs do.
             _outputs = rewritten(x)
             kept[mode] = saved.total
         del _outputs
-    return Row(dict(backbone=name), [kept], failed)
+    return Row(case, [kept], failed)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, but for views; the native node runs by them then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        # A view has an alias among what it returns.
+        if not any(out.alias_info for out in func._schema.returns):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(run: Run) -> Iterator[Row]:
+    """Count the operators of a block where no CPU kernel serves."""
+    layers = {
+        'convolution': (nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8),
+                        torch.randn(2, 8, 64, 64)),
+        'linear': (nn.Linear(8, 8), nn.BatchNorm1d(8), torch.randn(64, 8))
+    }
+    for name, (layer, norm, x) in layers.items():
+        block = stock(nn.Sequential(layer, norm), run.device)
+        models, failed = variants(block)
+        x = x.to(run.device).requires_grad_()
+        counts: dict[str, float] = {}
+        for mode, model in models.items():
+            output = model(x)
+            gradient = torch.ones_like(output)
+            leaves = [x, *model.parameters()]
+            with running(mode), Operators() as counted:
+                torch.autograd.grad(model(x), leaves, gradient)
+            counts[mode] = counted.count
+        yield Row(dict(block=name), [counts], failed)
 
 
 def peak(run: Run,
@@ -268,12 +369,13 @@ def peak(run: Run,
         created: dict[str, float] = {}
         there: dict[str, float] = {}
         for mode, model in models.items():
-            step = forward_backward(model, x)
-            # The first step creates the gradients, the second adds to them.
-            for peaks in (created, there):
-                with peak_bytes() as memory:
-                    step()
-                peaks[mode] = memory.peak
+            with running(mode):
+                step = forward_backward(model, x)
+                # The first creates the gradients, the second adds to them.
+                for peaks in (created, there):
+                    with peak_bytes() as memory:
+                        step()
+                    peaks[mode] = memory.peak
             clear_gradients(list(model.parameters()))
         for gradients, peaks in (('created in the step', created),
                                  ('there before', there)):
@@ -298,7 +400,7 @@ def _step(run: Run, image: tuple[int, int], what: str,
     x = run.images(*image)
     models, failed = variants(
         backbone('ResNet-50', run.device, frozen_stages))
-    calls = {mode: training_step(model, x) for mode, model in models.items()}
+    calls = calls_of(models, partial(training_step, x=x))
     return Row(_case(x), run.time(calls, what), failed)
 
 
@@ -308,12 +410,11 @@ def validation(run: Run,
     """Time forwards of a ResNet-50 without gradients."""
     model = backbone('ResNet-50', run.device)
     model.eval()
-    modes = ('Eval', 'MMEngine', 'Tune', 'Tune, folds kept', 'Deploy')
     for image in images:
         x = run.images(*image)
-        models, failed = variants(model, modes)
-        calls = {mode: partial(m, x) for mode, m in models.items()}
-        with torch.no_grad(), keep_folds(models['Tune, folds kept']):
+        models, failed = variants(model)
+        calls = calls_of(models, lambda m, x=x: partial(m, x))
+        with torch.no_grad():
             yield Row(_case(x), run.time(calls, 'validation'), failed)
 
 
@@ -336,7 +437,7 @@ def sweep(run: Run,
         dict(channels=c, kernel=k, side=s) for k in kernels for c in channels
         for s in sides if 2 * c * s * s <= largest
     ]
-    modes = ('Eval', 'Tune', 'Tune, folding', 'Deploy')
+    modes = ('Eval', 'Tune', PYTHON, 'Deploy')
     for cell in run.track(cells, len(cells), 'sweep'):
         yield _chain(run, modes, count, **cell)
 
@@ -360,17 +461,17 @@ def _chain(run: Run, modes: Iterable[str], count: int, channels: int,
 
         return step
 
-    calls = {mode: call(model) for mode, model in models.items()}
+    calls = calls_of(models, call)
     rounds = [
         {mode: seconds / count for mode, seconds in a_round.items()}
         for a_round in interleaved_seconds(calls, run.rounds, at_least=.005)
     ]
-    ran = ', '.join(sorted(set(latest_runs(models['Tune']).values())))
+    ran = ', '.join(sorted(set(latest_runs(models[PYTHON]).values())))
     case = {
         'kernel': f'{kernel} x {kernel}',
         'channels': channels,
         'map': f'{side} x {side}',
-        'Tune runs': ran
+        'Python path runs': ran
     }
     return Row(case, rounds, failed)
 
@@ -427,21 +528,46 @@ class Benchmark:
 
 
 MIB, MS, US = Unit('MiB', 2**20), Unit('ms', 1e-3), Unit('us', 1e-6)
+COUNT = Unit('operators', 1)
 
 BENCHMARKS = {
     'kept': Benchmark(
         kept, 'Kept for backward',
-        'Bytes that autograd keeps after a forward of the backbone at '
-        '2 x 3 x 384 x 672 (HRNet asks for multiples of 32), parameters and '
-        'buffers not counted. Nothing is frozen.', MIB,
+        'Bytes that autograd keeps after a forward of the backbone, '
+        'parameters and buffers not counted. Nothing is frozen. The first '
+        'size is that of detectors (HRNet asks for multiples of 32), the last '
+        'is where a map has few elements. The Python path runs small maps as '
+        'stock.', MIB,
         (Ratio('Tune', 'Eval'), Ratio('Tune', 'MMEngine'),
-         Ratio('Tune', 'Deploy', '<= 1.01'))),
+         Ratio('Tune', 'Deploy', '<= 1.01'), Ratio(PYTHON, 'Deploy'))),
     'kept-for-input': Benchmark(
         kept_for_input, 'Kept for backward where only the input learns',
-        'The same where no parameter learns but the images do, as in the '
-        'search for adversarial examples.', MIB,
+        'The same at 2 x 3 x 384 x 672 where no parameter learns but the '
+        'images do, as in the search for adversarial examples.', MIB,
         (Ratio('Tune', 'Eval'), Ratio('Tune', 'MMEngine'),
          Ratio('Tune', 'Deploy', '< 1'))),
+    'compiled': Benchmark(
+        compiled, 'Under torch.compile',
+        'The same at 2 x 3 x 384 x 384, without and with `torch.compile` '
+        '(its partitioner and decompositions, as in Inductor, without '
+        'generated code). Compiled, torch itself decides what is kept: it '
+        'joins elementwise operators and computes cheap maps again in '
+        'backward. It does not fold: a compiled Eval keeps the output of a '
+        'convolution, or what it needs to make the BatchNorm again. Tune then '
+        'keeps what Deploy keeps. Where activations keep maps of their own '
+        '(SiLU), compiling alone may bring all that Tune brings, and there '
+        'Tune mode is for nothing beside it; where they run in place (ReLU), '
+        'Tune without compiling keeps less than a compiled Eval, and both '
+        'together keep the least.', MIB,
+        (Ratio('Tune, compiled', 'Deploy, compiled', '<= 1.02'),
+         Ratio('Tune, compiled', 'Eval, compiled', '<= 1'),
+         Ratio('Eval, compiled', 'Tune'))),
+    'operators': Benchmark(
+        operators, 'Operators of a block where no CPU kernel serves',
+        'Forward plus backward, all gradients, views not counted: as on a '
+        'GPU, each starts a kernel. The aim is at most 11 for Tune; the '
+        'gradients of a linear layer are an operator each.', COUNT,
+        (Ratio('Tune', 'MMEngine'), Ratio('Tune', PYTHON))),
     'peak': Benchmark(
         peak, 'Peak of a step',
         'The most bytes of tensors alive at once in a forward and backward at '
@@ -456,39 +582,39 @@ BENCHMARKS = {
         'Forward, backward and SGD with momentum on a ResNet-50. Nothing is '
         'frozen.', MS,
         (Ratio('Tune', 'Eval', '< 1'), Ratio('Tune', 'MMEngine', '< 1'),
-         Ratio('Tune', 'Deploy', '<= 1.05')), rounds=15),
+         Ratio('Tune', 'Deploy', '<= 1.02'), Ratio(PYTHON, 'Deploy')),
+        rounds=15),
     'frozen': Benchmark(
         frozen, 'Time of a training step with frozen stages',
         'The same with `frozen_stages=2`, as in fine-tuning on little data: '
         'the stem and half of the stages learn nothing.', MS,
-        (Ratio('Tune', 'Eval'), Ratio('Tune', 'MMEngine'),
-         Ratio('Tune', 'Deploy', '<= 1.02')), rounds=15),
+        (Ratio('Tune', 'Eval', '< 1'), Ratio('Tune', 'MMEngine'),
+         Ratio('Tune', 'Deploy', '<= 1.02'), Ratio(PYTHON, 'Deploy')),
+        rounds=15),
     'validation': Benchmark(
         validation, 'Time of a validation step',
-        'Forward of a ResNet-50 without gradients. "Folds kept" is what '
-        'happens in the validation of a Runner and inside '
-        '`mmtune.api.keep_folds`; elsewhere Tune folds at every call. A '
-        'backbone that is frozen as a whole runs so in training too.', MS,
-        (Ratio('Tune', 'Deploy', '<= 1.02'),
-         Ratio('Tune, folds kept', 'Eval'),
-         Ratio('Tune, folds kept', 'Deploy', '<= 1.02')), rounds=20),
+        'Forward of a ResNet-50 without gradients. A backbone that is frozen '
+        'as a whole runs so in training too.', MS,
+        (Ratio('Tune', 'Eval'), Ratio('Tune', 'Deploy', '<= 1.02'),
+         Ratio(PYTHON, 'Deploy')), rounds=20),
     'small': Benchmark(
         small, 'Time where maps are small',
         'Forward and backward of 20 blocks in a row, each a convolution '
         'without bias and a BatchNorm, batch 2: the share of a block. Hardly '
         'anything is computed, so that this is what Python and torch take to '
-        'get through a block, as on a GPU with a small batch.', US,
+        'get through a block, as on a GPU with a small batch. The Python path '
+        'runs such maps as stock.', US,
         (Ratio('Tune', 'Eval', '<= 1'), Ratio('Tune', 'MMEngine'),
-         Ratio('Tune', 'Deploy')), threads=1, rounds=100),
+         Ratio('Tune', 'Deploy'), Ratio(PYTHON, 'Eval')), threads=1,
+        rounds=100),
     'sweep': Benchmark(
         sweep, 'Where a fold pays',
         'The same with 4 blocks of many sizes, up to maps of 2**18 elements '
-        '(2 x channels x height x width). "Tune" chooses by the size of the '
-        'map whether to fold ("fused") or to run as stock ("small"); '
-        '"folding" folds in any case. The constants of that choice, '
-        '`SMALL_MAP` and `SMALL_SHARE` in `mmtune/behaviours.py`, come from '
-        'this table and from what is demanded of the bytes kept.', US,
-        (Ratio('Tune', 'Eval', '<= 1'), Ratio('Tune, folding', 'Eval'),
+        '(2 x channels x height x width). With the native node every block '
+        'folds. The Python path chooses by the size of the map whether to '
+        'fold ("fused") or to run as stock ("small"), by `SMALL_MAP` and '
+        '`SMALL_SHARE` in `mmtune/behaviours.py`.', US,
+        (Ratio('Tune', 'Eval', '<= 1.02'), Ratio(PYTHON, 'Eval'),
          Ratio('Tune', 'Deploy')), threads=1, rounds=15),
 }
 
@@ -594,7 +720,8 @@ def table_of(record: dict) -> tuple[list[str], list[list[str]]]:
     def value(row: dict, mode: str) -> str:
         if mode in row['failed']:
             return row['failed'][mode]
-        return f'{row["values"][mode][1] / unit.size:.1f}'
+        median = row['values'][mode][1] / unit.size
+        return f'{median:.{0 if unit is COUNT else 1}f}'
 
     def ratio(row: dict, name: str) -> str:
         if name not in row['ratios']:
@@ -622,7 +749,8 @@ def verdicts(record: dict) -> list[str]:
         met = sum(ratio.is_met(median) for median in medians)
         lines.append(f'{ratio} {ratio.demand} is the aim: met in {met} of '
                      f'{len(medians)} rows, {min(medians):.3f} to '
-                     f'{max(medians):.3f}.')
+                     f'{max(medians):.3f}, median '
+                     f'{statistics.median(medians):.3f}.')
     return lines
 
 
@@ -660,7 +788,7 @@ def section(record: dict) -> str:
         f'threads: {record["threads"]}', f'torch {record["torch"]}',
         f'commit {record["commit"] or "unknown"}'
     ]
-    if benchmark.unit is not MIB:
+    if benchmark.unit in (MS, US):
         how.append(f'rounds: {record["rounds"]}')
     return '\n\n'.join([
         f'## {heading(record)}',
@@ -689,7 +817,8 @@ BatchNorms are in eval mode:
 - Eval: the stock model;
 - MMEngine: `mmengine.model.efficient_conv_bn_eval` on it. Where it raises,
   the table has the name of the exception;
-- Tune: `mmtune.turn_on(model)`;
+- Tune: `mmtune.turn_on(model)`, with the native node;
+- Tune, Python path: the same where there is no native node;
 - Deploy: `mmtune.turn_on(model, mode='Deploy')`.
 
 Bytes are counted by `mmtune.analysis` and the same in every run. Times are

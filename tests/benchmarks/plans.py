@@ -1,10 +1,11 @@
 """Measure where scaling the map becomes dearer than folding the weight.
 
 For blocks of several shapes and maps of several sizes: the time of each plan
-of the native node, forward plus backward, as a share of stock Eval's. The
-crossing is what ``kMapPerWeight`` in ``mmtune/csrc/fold.cpp`` says::
+of the native node, forward plus backward or forward alone, as a share of stock
+Eval's. The crossing is what ``kMapPerWeight`` in ``mmtune/csrc/fold.cpp``
+says::
 
-    python tests/benchmarks/plans.py [--rounds 30]
+    python tests/benchmarks/plans.py [--no-gradient] [--dtype bfloat16]
 """
 import argparse
 from collections.abc import Callable
@@ -41,20 +42,26 @@ def run(block: nn.Sequential, plan: Plan, x: Tensor) -> Tensor:
 
 def step(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor,
          learned: list[Tensor]) -> None:
-    """Go forward and back, and keep no gradient."""
-    torch.autograd.grad(forward(x), learned, grad)
+    """Go forward, and back where something learns; keep no gradient."""
+    with torch.autocast('cpu', x.dtype, enabled=x.dtype != torch.float32):
+        output = forward(x)
+    if learned:
+        torch.autograd.grad(output, learned, grad)
 
 
 def measure(channels: int, kernel: int, groups: int, size: int,
+            dtype: torch.dtype, learns: bool,
             rounds: int) -> list[dict[str, float]]:
     """Time stock Eval and both plans, in seconds, side by side."""
     conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2,
                      groups=groups, bias=False)
     block = nn.Sequential(conv, nn.BatchNorm2d(channels)).eval()
     nn.init.uniform_(block[1].running_var, .5, 2)
-    x = torch.randn(BATCH, channels, size, size, requires_grad=True)
+    x = torch.randn(BATCH, channels, size, size, dtype=dtype)
     grad = torch.randn_like(x)
-    learned = [x, *block.parameters()]
+    learned = [x, *block.parameters()] if learns else []
+    for tensor in (x, *block.parameters()):
+        tensor.requires_grad_(learns)
     forwards = {'Eval': block, 'fold': partial(run, block, Plan.FOLD),
                 'scale': partial(run, block, Plan.SCALE)}
     calls = {name: partial(step, forward, x, grad, learned)
@@ -68,14 +75,22 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=30)
-    rounds = parser.parse_args().rounds
+    parser.add_argument(
+        '--no-gradient', action='store_true',
+        help='time the forward where nothing learns, as in validation')
+    parser.add_argument(
+        '--dtype', choices=['float32', 'bfloat16', 'float16'],
+        default='float32', help='of the map; half precision by autocast')
+    args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print('channels kernel groups size  map/weight  Eval us   fold  scale')
     for channels, kernel, groups, sizes in SHAPES:
         for size in sizes:
             share = BATCH * size**2 * groups / (channels * kernel**2)
-            times = measure(channels, kernel, groups, size, rounds)
+            times = measure(channels, kernel, groups, size,
+                            getattr(torch, args.dtype), not args.no_gradient,
+                            args.rounds)
             stock = quartiles(t['Eval'] for t in times)[1]
             fold, scale = (quartiles(t[plan] / t['Eval'] for t in times)[1]
                            for plan in ('fold', 'scale'))

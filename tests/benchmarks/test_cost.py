@@ -12,17 +12,19 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmtune import native
-
 IMAGE = (64, 64)
 # What `BENCHMARKS` measures at full size.
 TINY = {
     'kept': partial(
-        cost.kept, backbones=['ResNet-50', 'MobileNetV2'], image=IMAGE),
+        cost.kept, backbones=['ResNet-50', 'MobileNetV2'], images=[IMAGE]),
     'kept-for-input': partial(
         cost.kept_for_input,
         backbones=['ResNet-50', 'MobileNetV2'],
         image=IMAGE),
+    'compiled': partial(
+        cost.compiled, backbones=['ResNet-18'], dtypes=[torch.float32],
+        image=IMAGE),
+    'operators': cost.operators,
     'peak': partial(cost.peak, backbones=['MobileNetV2'], image=IMAGE),
     'step': partial(cost.step, image=IMAGE),
     'frozen': partial(cost.frozen, image=IMAGE),
@@ -112,23 +114,43 @@ def check_times(name, row):
     assert record['ratios'].keys() == ratios
 
 
+def test_compiled_tune_keeps_what_compiled_deploy_keeps(run):
+    row, = TINY['compiled'](run)
+    assert row.case == dict(backbone='ResNet-18', dtype='float32')
+    kept, = row.rounds
+    assert kept['Tune, compiled'] <= 1.02 * kept['Deploy, compiled']
+    assert kept['Tune, compiled'] <= kept['Eval, compiled']
+    assert kept['Tune'] < kept['Eval']
+
+
+def test_counts_operators(run):
+    convolution, linear = TINY['operators'](run)
+    counts, = convolution.rounds
+    # A convolution and its gradients; stock has a batch norm's as well.
+    assert counts['Deploy'] < counts['Eval'] == 5
+    assert counts['Tune'] <= 11 < counts[cost.PYTHON]
+    assert linear.rounds[0]['Tune'] <= 12
+
+
 @pytest.mark.small_maps
-def test_folds_where_it_is_made_to(monkeypatch):
-    # With the native node no map is small.
-    monkeypatch.setattr(native, 'node', lambda: None)
+def test_the_python_path_runs_without_the_node():
     stock = cost.blocks(2, channels=8, kernel=1, device='cpu')
-    models, _ = cost.variants(stock, ['Tune', 'Tune, folding'])
+    models, _ = cost.variants(stock, ['Tune', cost.PYTHON])
+    calls = cost.calls_of(
+        models, lambda model: partial(model, torch.ones(2, 8, 4, 4)))
     ran = {}
-    for mode, model in models.items():
-        model(torch.ones(2, 8, 4, 4))
-        ran[mode] = set(cost.latest_runs(model).values())
-    assert ran == {'Tune': {'small'}, 'Tune, folding': {'fused'}}
+    for mode, call in calls.items():
+        call()
+        ran[mode] = set(cost.latest_runs(models[mode]).values())
+    # With the native node no map is small.
+    with_node = 'fused' if cost.native.node() else 'small'
+    assert ran == {'Tune': {with_node}, cost.PYTHON: {'small'}}
 
 
 def test_all_modes_compute_the_same():
     stock = cost.blocks(3, channels=8, kernel=3, device='cpu').double()
-    models, failed = cost.variants(stock, cost.REWRITES)
-    assert not failed and models.keys() == cost.REWRITES.keys()
+    models, failed = cost.variants(stock)
+    assert not failed and tuple(models) == cost.MODES
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     for model in models.values():
         torch.testing.assert_close(model(x), stock(x))
@@ -144,7 +166,7 @@ def test_what_mmengine_raises_is_a_result():
     model = Untraceable(cost.blocks(2, channels=2, kernel=1, device='cpu'))
     models, failed = cost.variants(model)
     assert failed == {'MMEngine': 'TraceError'}
-    assert list(models) == ['Eval', 'Tune', 'Deploy']
+    assert list(models) == ['Eval', 'Tune', cost.PYTHON, 'Deploy']
 
 
 def test_what_mmtune_raises_is_not():
@@ -177,14 +199,14 @@ def test_ratios_are_taken_round_by_round():
 def test_table():
     assert cost.table_of(record()) == ([
         'backbone', 'Eval', 'MMEngine', 'Tune', 'Deploy', 'Tune / Eval',
-        'Tune / MMEngine', 'Tune / Deploy'
+        'Tune / MMEngine', 'Tune / Deploy', 'Tune, Python path / Deploy'
     ], [[
         'ResNet-50', '3.0', 'TraceError', '1.2', '1.0', '0.500 (0.375-0.625)',
-        '-', '1.250 (1.125-1.375)'
+        '-', '1.250 (1.125-1.375)', '-'
     ]])
     assert cost.verdicts(record()) == [
         'Tune / Deploy <= 1.01 is the aim: met in 0 of 1 rows, 1.250 to '
-        '1.250.'
+        '1.250, median 1.250.'
     ]
 
 

@@ -11,6 +11,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmtune.api import FoldedNorm, latest_runs
+from mmtune.collect_env import native_status
 from mmtune.hooks.tune_mode_hook import _unwrapped
 from tests import toy
 from tests.toy import TUNE, build_runner, logged, losses
@@ -164,13 +165,18 @@ def test_norm_eval_by_key(tmp_path):
 
 
 WRONG = {
-    'typo in a name': ('bakbone', {}, "no submodule 'bakbone'"),
+    'typo in a name': ('bakbone', {},
+                       "`efficient_conv_bn_eval` names 'bakbone', but the"),
+    'typo in a name of a dict': (dict(modules=['neck', 'bakbone']), {},
+                                 "`efficient_conv_bn_eval` names 'bakbone'"),
+    'no names of a dict': (dict(modules=[]), {}, 'at least one submodule'),
+    'no names': (None, dict(modules=[]), '`modules` must name at least one'),
     'typo in an option': (dict(modul=['backbone']), {},
                           'norm_eval, begin, but got modul'),
     'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
-    'wrong argument': (None, dict(modules='bakbone'), 'bakbone'),
-    'nothing to tune': ('head', {}, 'nothing to put into Tune mode'),
+    'wrong argument': (None, dict(modules='bakbone'),
+                       "`modules` names 'bakbone'"),
     'a switch for a name': (False, {}, 'must be a name, a list of names'),
 }
 
@@ -191,6 +197,40 @@ def test_mistakes_stop_before_training(key, arguments, message, flexible,
     assert losses(runner) == []
 
 
+@pytest.mark.parametrize('flexible', [False, True])
+@pytest.mark.parametrize('mode', ['Tune', 'Deploy'])
+def test_nothing_to_turn_on_is_a_warning(mode, flexible, tmp_path):
+    stock = train(tmp_path / 'stock', flexible)
+    runner = train(
+        tmp_path / 'hook', flexible, default_hooks=TUNE,
+        **{KEY: dict(modules=['head'], mode=mode)})
+    assert losses(runner) == losses(stock)
+    log = logged(runner)
+    assert log.count(f'nothing to put into {mode} mode') == 1
+    assert 'no normalization. The model runs as stock' in log
+
+
+@pytest.mark.parametrize('flexible', [False, True])
+def test_an_empty_list_turns_nothing_on(flexible, tmp_path):
+    """As in MMEngine."""
+    runner = train(tmp_path, flexible, default_hooks=TUNE, **{KEY: []})
+    assert latest_runs(runner.model) == {} and losses(runner)
+    assert runner.cfg[KEY] == []
+    assert 'names no modules: no mode is turned on' in logged(runner)
+
+
+def test_the_table_is_logged_once(tmp_path):
+    runner = build_runner(
+        tmp_path, default_hooks=TUNE, validate=True,
+        test_dataloader=toy.loader(), test_cfg=dict(),
+        test_evaluator=dict(type='ToyAccuracy'))
+    runner.train()
+    runner.test()
+    log = logged(runner)
+    assert log.count('backbone.0  backbone.1  Tune') == 1
+    assert log.count('Tune mode in the whole model: ') == 2
+
+
 def test_unknown_argument_of_the_hook(tmp_path):
     with pytest.raises(TypeError, match='module'):
         build_runner(
@@ -206,6 +246,11 @@ def test_log_says_what_was_fused(tmp_path):
     assert log.count('Blocks in the first iteration: 2 fused, 1 train') == 1
     assert log.count('1 of 3 blocks ran as stock since their BatchNorm') == 1
     assert "the first is 'neck.1'" in log and 'norm_eval=True' in log
+
+
+def test_log_says_whether_there_is_a_native_node(tmp_path):
+    log = logged(train(tmp_path, default_hooks=TUNE))
+    assert f'native node: {native_status()}' in log
 
 
 def test_log_does_not_warn_without_need(tmp_path):
@@ -304,8 +349,6 @@ def test_validation_and_test_alone(tmp_path):
         metrics.append((runner.val(), runner.test()))
     assert metrics[0] == metrics[1]
     assert set(latest_runs(runner.model).values()) == {'fused'}
-    assert not any(m._tune_norm.keeps_fold for m in runner.model.modules()
-                   if isinstance(m, nn.BatchNorm2d))
 
 
 def test_deploy_folds_what_was_loaded(tmp_path):
@@ -358,17 +401,6 @@ def test_two_hooks_are_one_too_many(tmp_path):
         ])
     with pytest.raises(ValueError, match='one TuneModeHook, but got 2'):
         runner.train()
-
-
-def test_an_error_in_validation_ends_the_kept_folds(tmp_path, monkeypatch):
-    runner = build_runner(tmp_path, validate=True, default_hooks=TUNE)
-    monkeypatch.setattr(toy.ToyAccuracy, 'process', lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        runner.train()
-    monkeypatch.undo()
-    runner.val()
-    assert not any(m._tune_norm.keeps_fold for m in runner.model.modules()
-                   if isinstance(m, nn.BatchNorm2d))
 
 
 DEPLOY = dict(tune_mode=dict(type='mmtune.TuneModeHook', mode='Deploy'))

@@ -404,7 +404,7 @@ def test_diagnose_another_optimizer(run, tmp_path):
 def test_diagnose_a_model_that_deploy_cannot_fold(run):
     torch.save({'backbone.bn1.running_var': torch.ones(64)}, 'a.pth')
     with pytest.raises(
-            SystemExit, match='into Deploy mode.*80 x ConvAWS2d makes a w'):
+            SystemExit, match='into Deploy mode.*44 x ConvAWS2d makes a w'):
         run('diagnose_checkpoint', 'a.pth', '--config', DETECTORS)
 
 

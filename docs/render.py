@@ -1,0 +1,260 @@
+"""Write what the site shows from figures: the drawing, and the tables.
+
+``python docs/render.py`` draws the block of the first page, and writes the
+tables between the markers of the pages from the JSON files beside them. The
+tests check that what is committed is what this writes.
+"""
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+DOCS = Path(__file__).resolve().parent / 'en'
+DRAWING = DOCS / '_static' / 'block.svg'
+MIB = 2**20
+
+
+# --------------------------------------------------------------------------
+# The drawing of a block
+# --------------------------------------------------------------------------
+
+
+class Map(NamedTuple):
+    """A feature map, and whether autograd keeps it for backward."""
+
+    name: str
+    kept: bool
+
+
+class Row(NamedTuple):
+    """A block in one mode: feature maps, and the operations between them."""
+
+    mode: str
+    caption: str
+    steps: tuple[Map | str, ...]
+
+
+ROWS = (
+    Row('Eval', 'two maps are kept',
+        (Map('X', True), 'convolution', Map('Y', True), 'BatchNorm',
+         Map('Z', False))),
+    Row('Deploy', 'one map, but folded for good: unstable to train',
+        (Map('X', True), 'convolution with the folded weight',
+         Map('Z', False))),
+    Row('Tune', "one map, Eval's numbers: folded anew at each call",
+        (Map('X', True), 'fold, then convolution', Map('Z', False))),
+)
+WIDTH, ROW_HEIGHT, LEGEND_HEIGHT = 520, 96, 34
+BOX_HEIGHT, MAP_WIDTH, ARROW = 40, 52, 28
+# All of them can be read on white and on the dark theme's near black.
+KEPT, OPERATION, GREY = '#d9660a', '#3568a8', '#7f8a96'
+FONT = "font-family='system-ui, sans-serif'"
+
+
+def drawing() -> str:
+    """Draw a block in each mode, one below another.
+
+    Returns:
+        str: An SVG file, as wide as a phone can show.
+    """
+    height = LEGEND_HEIGHT + ROW_HEIGHT * len(ROWS)
+    parts = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} "
+        f"{height}' role='img' {FONT} font-size='16'>",
+        '<title>What a block keeps for backward in each mode</title>',
+        "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' "
+        "markerWidth='8' markerHeight='8' orient='auto'>"
+        f"<path d='M0 0L8 4L0 8z' fill='{GREY}'/></marker></defs>",
+    ]
+    for index, row in enumerate(ROWS):
+        parts += draw_row(row, index * ROW_HEIGHT)
+    parts += draw_legend(ROW_HEIGHT * len(ROWS) + 6)
+    return '\n'.join([*parts, '</svg>', ''])
+
+
+def draw_row(row: Row, top: int) -> Iterator[str]:
+    """Draw one mode: its name and caption, and the block below."""
+    yield (f"<text x='0' y='{top + 18}' fill='{GREY}'>"
+           f"<tspan font-weight='bold' font-size='18'>{row.mode}</tspan>"
+           f"<tspan dx='10'>{row.caption}</tspan></text>")
+    n_maps = sum(isinstance(step, Map) for step in row.steps)
+    n_operations = len(row.steps) - n_maps
+    room = WIDTH - n_maps * MAP_WIDTH - (len(row.steps) - 1) * ARROW
+    x, y = 0, top + 30
+    for index, step in enumerate(row.steps):
+        if index:
+            middle = y + BOX_HEIGHT // 2
+            yield (f"<path d='M{x + 3} {middle}H{x + ARROW - 3}' "
+                   f"stroke='{GREY}' stroke-width='2' "
+                   "marker-end='url(#tip)'/>")
+            x += ARROW
+        if isinstance(step, Map):
+            yield from draw_map(step.name, step.kept, x, y)
+            x += MAP_WIDTH
+        else:
+            width = room // n_operations
+            yield (f"<rect x='{x}' y='{y}' width='{width}' "
+                   f"height='{BOX_HEIGHT}' rx='4' fill='{OPERATION}'/>")
+            yield centred(step, x + width // 2, y, '#fff')
+            x += width
+
+
+def draw_map(name: str, kept: bool, x: int, y: int) -> Iterator[str]:
+    """Draw a feature map: full where it is kept, an outline where not."""
+    look = (f"fill='{KEPT}'" if kept else
+            f"fill='none' stroke='{GREY}' stroke-width='1.5' "
+            "stroke-dasharray='4 3'")
+    yield (f"<rect x='{x + 1}' y='{y + 1}' width='{MAP_WIDTH - 2}' "
+           f"height='{BOX_HEIGHT - 2}' rx='4' {look}/>")
+    yield centred(name, x + MAP_WIDTH // 2, y, '#fff' if kept else GREY)
+
+
+def centred(text: str, x: int, y: int, colour: str) -> str:
+    """Write a text into the middle of a box that begins at height ``y``."""
+    return (f"<text x='{x}' y='{y + 26}' text-anchor='middle' "
+            f"fill='{colour}'>{text}</text>")
+
+
+def draw_legend(y: int) -> Iterator[str]:
+    """Say what the two kinds of maps mean."""
+    for x, look, text in (
+        (1, f"fill='{KEPT}'", 'kept for backward'),
+        (190, f"fill='none' stroke='{GREY}' stroke-width='1.5' "
+         "stroke-dasharray='4 3'", 'not kept by this block'),
+    ):
+        yield (f"<rect x='{x}' y='{y}' width='22' height='18' rx='3' "
+               f'{look}/>')
+        yield f"<text x='{x + 30}' y='{y + 15}' fill='{GREY}'>{text}</text>"
+
+
+# --------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------
+
+# Backbones whole, and detectors with the stages frozen that their configs
+# freeze, from what saves most to what saves least.
+BACKBONES = ('HRNetV2-W32', 'RegNetX-3.2GF', 'ResNeXt-101 32x4d', 'ResNet-101',
+             'ResNet-50', 'ResNet-18', 'MobileNetV2', 'CSPNeXt-S',
+             'EfficientNet-B3')
+DETECTORS = {
+    'Faster R-CNN, HRNetV2p-W32': 'faster-rcnn_hrnetv2p-w32',
+    'Faster R-CNN, ResNet-50': 'faster-rcnn_r50_fpn',
+    'Mask R-CNN, ResNet-50': 'mask-rcnn_r50_fpn',
+    'RetinaNet, ResNet-50': 'retinanet_r50_fpn',
+}
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown, with numbers to the right."""
+    rows = list(rows)
+    sides = ['---:' if cell[:1].isdigit() else '---' for cell in rows[0]]
+    lines = [titles, sides, *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def savings() -> str:
+    """Write what a whole training step takes in Eval and in Tune mode."""
+    architectures = read('reproduction/architectures.json')['rows']
+    detectors = read('reproduction/table4.json')['rows']
+    steps = {
+        row['name']: row['modes']
+        for row in architectures
+        if row['setting'] == 'backbone, as in detection'
+    }
+    named = [(name, steps[name]) for name in BACKBONES]
+    named += [(name, detector_step(detectors, config))
+              for name, config in DETECTORS.items()]
+    return table(
+        ('network', 'Eval (MiB)', 'Tune (MiB)', 'saved'),
+        [saving(name, modes) for name, modes in named])
+
+
+def kept() -> str:
+    """Write what a forward of each backbone keeps for backward."""
+    records = json.loads((DOCS / 'cost.json').read_text())
+    record, = (r for r in records
+               if r['benchmark'] == 'kept' and r['device'] == 'CPU')
+    modes = ('Eval', 'MMEngine', 'Tune', 'Deploy')
+    rows = [(row['case']['backbone'],
+             *(f'{row["values"][mode][0] / MIB:.1f}' for mode in modes))
+            for row in record['rows']]
+    return table(('backbone', *modes), rows)
+
+
+def combinations() -> str:
+    """Write what Tune mode does together with other ways to save memory."""
+    measured = json.loads((DOCS / 'combinations.json').read_text())
+    found = measured['found']
+    height, width = found['image']
+    rows = [(row['other'], row['mode'], mib(row['kept']), mib(row['peak']),
+             '{1:.2f} ({0:.2f}-{2:.2f})'.format(*row['time']))
+            for row in found['rows']]
+    return (f'A training step of a ResNet-{found["depth"]} at 2 x 3 x '
+            f'{height} x {width}.\n\n' + table(
+                ('together with', 'mode', 'kept (MiB)', 'peak (MiB)',
+                 'time / Eval'), rows) +
+            f'\n\n`{measured["command"]}` on {measured["cpu"]} '
+            f'({measured["cores"]} cores), threads: {measured["threads"]}; '
+            f'torch {measured["torch"]}; rounds: {found["rounds"]}.')
+
+
+def mib(n_bytes: int | None) -> str:
+    """Write bytes in MiB, or that there is no figure."""
+    return '' if n_bytes is None else f'{n_bytes / MIB:.1f}'
+
+
+def detector_step(rows: Sequence[dict], config: str) -> dict:
+    """Find the step of a config at batch 2."""
+    row, = (row for row in rows if row['name'] == f'{config}_tune-1x_coco')
+    return row['steps']['2']
+
+
+def saving(name: str, modes: dict) -> tuple[str, ...]:
+    """Write a row: the peak of a step with all that is there all the time."""
+    eval_mode, tune = (modes[mode]['peak'] + modes[mode]['resident']
+                       for mode in ('Eval', 'Tune'))
+    return (name, f'{eval_mode / MIB:.0f}', f'{tune / MIB:.0f}',
+            f'{1 - tune / eval_mode:.0%}')
+
+
+def read(name: str) -> dict:
+    """Read what a reproduction found."""
+    return json.loads((DOCS / name).read_text())['found']
+
+
+# What a page has between `<!-- NAME -->` and `<!-- end of NAME -->`.
+TABLES = {
+    'comparison.md': {'kept': kept, 'combinations': combinations},
+    'index.md': {'savings': savings},
+}
+
+
+def page(name: str) -> str:
+    """Write a page's tables anew.
+
+    Args:
+        name (str): Of the page, in docs/en.
+
+    Returns:
+        str: The whole page.
+    """
+    text = (DOCS / name).read_text()
+    for marker, write in TABLES[name].items():
+        start, end = f'<!-- {marker} -->\n', f'<!-- end of {marker} -->'
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f'{name} needs one place between {start.strip()} '
+                             f'and {end}')
+        before, _, rest = text.partition(start)
+        text = f'{before}{start}\n{write()}\n\n{end}{rest.partition(end)[2]}'
+    return text
+
+
+def main() -> None:
+    """Write the drawing and the pages."""
+    DRAWING.write_text(drawing())
+    for name in TABLES:
+        (DOCS / name).write_text(page(name))
+
+
+if __name__ == '__main__':
+    main()
