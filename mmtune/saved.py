@@ -376,9 +376,18 @@ class Scope:
     def close(self) -> None:
         """Take the hooks away; what they gave may outlive the module."""
         self.module = self.frame = None
-        # Else some of a user's are left there, as stock leaves them.
-        if self.is_innermost():
+        # Those that the module has entered and left there stay.
+        inner = []
+        while not self.is_innermost():
+            hooks = _top_hooks(False) if _top_hooks else None
+            if hooks is None:
+                break
+            inner.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        else:
             self.hooks.__exit__()
+        for hooks in reversed(inner):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def current_scope() -> Scope | None:
