@@ -30,6 +30,7 @@ class ClampFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, high, inplace):
+        """See ``torch.autograd.Function``."""
         ctx.layout = _layout(x)
         ctx.save_for_backward(inside(x, low, high, ctx.layout))
         if inplace:
@@ -38,6 +39,7 @@ class ClampFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """See ``torch.autograd.Function``."""
         bits, = ctx.saved_tensors
         return SelectFunction.apply(grad, bits, ctx.layout), None, None, None
 
@@ -47,12 +49,14 @@ class SelectFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, grad, bits, layout):
+        """See ``torch.autograd.Function``."""
         ctx.save_for_backward(bits)
         ctx.layout = layout
         return select(grad, bits, layout)
 
     @staticmethod
     def backward(ctx, grad):
+        """See ``torch.autograd.Function``."""
         bits, = ctx.saved_tensors
         return SelectFunction.apply(grad, bits, ctx.layout), None, None
 
