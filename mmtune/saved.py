@@ -124,9 +124,13 @@ class Call:
         scope (Scope): Where it runs.
         module (nn.Module): The activation.
         x (Tensor): What it is called with.
+        remake (Callable): Gives the output anew for the module and its
+            input.
     """
 
-    def __init__(self, scope: 'Scope', module: nn.Module, x: Tensor) -> None:
+    def __init__(self, scope: 'Scope', module: nn.Module, x: Tensor,
+                 remake: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self.remake = remake
         self.scope = scope
         self.module: Any = module
         self.x: Any = x
@@ -253,7 +257,7 @@ class Call:
                 self.output, self.saved = _run_and_keep(self.layer, y)
             else:
                 with torch.no_grad():
-                    self.output = self.layer.forward(y)
+                    self.output = self.remake(self.layer, y)
         if torch._C._current_graph_task_id() != -1:
             # Nothing else would end it where the graph is retained.
             torch.autograd.Variable._execution_engine.queue_callback(
