@@ -6,6 +6,8 @@ clamp works in place; the output, which readers often keep in any case, may be
 changed later. A bit an element is a 32nd of a map in float32, and is the
 clamp's own.
 """
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,7 +121,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(), ), (1, ))
 
 
-def _node(x: Tensor):
+def _node(x: Tensor) -> ModuleType | None:
     """The native node, where it has a loop for a tensor."""
     is_served = x.device.type == 'cpu' and x.dtype in (torch.float32,
                                                        torch.float64)

@@ -86,8 +86,8 @@ class _Piece:
     """A tensor that an activation's own nodes keep.
 
     Attributes:
-        call (Call, optional): The activation's call, where it can make its
-            output anew.
+        call (Call): The activation's call, where it can make its output
+            anew; else None.
         index (int): The how manieth it is.
         kept (Tensor, optional): What is kept; None where it is made anew.
         version (int): Of the tensor.
@@ -97,7 +97,7 @@ class _Piece:
     __slots__ = ('call', 'computed', 'index', 'kept', 'version')
 
     def __init__(self, index: int, tensor: Tensor) -> None:
-        self.call: Call | None = None
+        self.call: Any = None
         self.index = index
         self.computed = not tensor.is_leaf
         self.kept: Any = tensor.detach() if self.computed else tensor
@@ -435,6 +435,7 @@ def enter_scope(module: nn.Module,
         found.close()
     if not _can_open():
         return
+    assert _top_hooks is not None, 'asked before'
     outer = _top_hooks(False)
     if outer is None or getattr(outer[0], '_tune_observes', False):
         _SCOPES[key] = Scope(module, sys._getframe(1), outer)
