@@ -6,20 +6,20 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from mmtune.activations import attach_activations, find_activations
-from mmtune.attach import detach, has_hooks
-from mmtune.behaviours import attach_conv, attach_norm
-from mmtune.buffers import ConvBuffers
-from mmtune.functional import fold, norm_coefficients
-from mmtune.held import hold_norms
-from mmtune.kinds import (
+from mmtune.layers.activations import attach_activations, find_activations
+from mmtune.utils.attach import detach, has_hooks
+from mmtune.behaviours.layers import attach_conv, attach_norm
+from mmtune.behaviours.buffers import ConvBuffers
+from mmtune.functional.fold import fold, norm_coefficients
+from mmtune.behaviours.held import hold_norms
+from mmtune.layers.kinds import (
     ConvKind,
     NormKind,
     conv_kind,
     looks_like_norm,
     norm_kind,
 )
-from mmtune.matching import (
+from mmtune.matching.pairs import (
     OWN_OPTION,
     LeftOut,
     Matches,
@@ -27,7 +27,7 @@ from mmtune.matching import (
     norms_of,
 )
 from mmtune.report import Report, Row
-from mmtune.runs import BlockState, Pair, attach_block
+from mmtune.behaviours.blocks import BlockState, Pair, attach_block
 
 __all__ = [
     'MODES', 'FoldedNorm', 'NothingFound', 'latest_runs', 'turn_off', 'turn_on'
@@ -78,7 +78,7 @@ def turn_on(model: nn.Module,
 
     Beyond the paper, Tune mode has activations keep one feature map with
     whoever reads their output, whatever their neighbours are (see
-    :mod:`mmtune.activations`).
+    :mod:`mmtune.layers.activations`).
 
     Parameters keep their identity; names, state_dict and ``isinstance`` stay
     stock in every mode but Deploy. A second call on the same modules

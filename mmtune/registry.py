@@ -8,7 +8,7 @@ from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-from mmtune.checkpoint import allow_mmengine_checkpoints
+from mmtune.engine.checkpoint import allow_mmengine_checkpoints
 
 __all__ = ['HOOKS', 'MODELS', 'MODEL_WRAPPERS']
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmtune import behaviours
+from mmtune.behaviours import layers as behaviours
 
 
 def pytest_addoption(parser):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mmtune import behaviours
+from mmtune.behaviours import layers as behaviours
 
 
 def _free_port():

@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 import mmtune
 from mmtune.api import latest_runs
-from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS, MODEL_WRAPPERS, MODELS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from mmtune import turn_on
 from mmtune.analysis import peak_bytes, saved_bytes
-from mmtune.checkpoint import allow_mmengine_checkpoints
+from mmtune.engine.checkpoint import allow_mmengine_checkpoints
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs/trees'

@@ -8,7 +8,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmtune.checkpoint import allow_mmengine_checkpoints
+from mmtune.engine.checkpoint import allow_mmengine_checkpoints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

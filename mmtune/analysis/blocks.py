@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mmtune.api import FoldedNorm
-from mmtune.kinds import norm_kind
+from mmtune.layers.kinds import norm_kind
 from mmtune.report import Report
 
 __all__ = ['Block', 'TensorInfo', 'list_blocks']

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmtune.saved import observer
+from mmtune.behaviours.saved import observer
 
 __all__ = [
     'PeakBytes', 'SavedBytes', 'peak_bytes', 'peak_on', 'saved_bytes'

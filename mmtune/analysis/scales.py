@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.analysis.blocks import list_blocks
-from mmtune.functional import norm_coefficients
-from mmtune.kinds import norm_kind
+from mmtune.functional.fold import norm_coefficients
+from mmtune.layers.kinds import norm_kind
 from mmtune.report import Report
 
 __all__ = [

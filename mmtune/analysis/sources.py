@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.api import turn_off
-from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -249,7 +249,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f'there is no checkpoint {str(path)!r}; pass a local file')
     try:
-        from mmtune.checkpoint import allow_mmengine_checkpoints
+        from mmtune.engine.checkpoint import allow_mmengine_checkpoints
     except ImportError:
         pass  # without MMEngine there are none of its checkpoints
     else:

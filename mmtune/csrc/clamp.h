@@ -1,5 +1,5 @@
 // Which elements of a map lie between two bounds, a bit each: all that the
-// backward of a clamp needs. mmtune/activations.py computes the same with
+// backward of a clamp needs. mmtune/layers/activations.py computes the same with
 // ATen operators.
 
 #pragma once

@@ -1,7 +1,7 @@
 // A convolution (or linear layer) and a BatchNorm with fixed statistics as
 // one autograd node: the fold, the convolution and their backward.
 //
-// It computes what mmtune/functional.py does and keeps what that keeps, the
+// It computes what mmtune/functional/fold.py does and keeps what that keeps, the
 // input and the weight; docs/en/method.md has the formulas. Two plans, equal
 // but for rounding:
 //

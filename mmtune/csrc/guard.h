@@ -1,6 +1,6 @@
 // Whether what a pair was known by is still so, asked in one call.
 //
-// Python checks a pair in full (mmtune/known.py) and writes down what it saw:
+// Python checks a pair in full (mmtune/behaviours/known.py) and writes down what it saw:
 // facts about dicts and classes, and what tensors and the thread's modes are
 // like. Here both are compared with what there is now.
 #pragma once

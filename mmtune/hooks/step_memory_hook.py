@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.analysis import peak_on
-from mmtune.attach import Hook as OwnHook
+from mmtune.utils.attach import Hook as OwnHook
 from mmtune.registry import HOOKS
 
 __all__ = ['StepMemoryHook']

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmtune.api import FoldedNorm, NothingFound, latest_runs, turn_on
 from mmtune.collect_env import native_status
-from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
 from mmtune.report import Row
 from mmtune.version import __version__

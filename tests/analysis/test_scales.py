@@ -17,7 +17,7 @@ from mmtune.analysis import (
     shares,
     step_ratios,
 )
-from mmtune.functional import fold, norm_coefficients
+from mmtune.functional.fold import fold, norm_coefficients
 from tests.oracle import randomize
 
 

@@ -232,7 +232,7 @@ def test_pickled_code_is_not_run(tmp_path):
 
 def test_a_checkpoint_is_read_without_mmengine(tmp_path, monkeypatch):
     torch.save(TENSORS, tmp_path / 'weights.pth')
-    monkeypatch.setitem(sys.modules, 'mmtune.checkpoint', None)
+    monkeypatch.setitem(sys.modules, 'mmtune.engine.checkpoint', None)
     assert read_state_dict(tmp_path / 'weights.pth').keys() == TENSORS.keys()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.analysis.timing import interleaved_seconds, quartiles
-from mmtune.functional import Convolution, Plan, fold_and_run_norm
+from mmtune.functional.fold import Convolution, Plan, fold_and_run_norm
 
 # Channels, kernel, groups, and the sides of maps to try.
 SHAPES = (

@@ -1,6 +1,6 @@
 """What users change on a model in Tune mode, against the same on stock.
 
-tests/test_behaviours.py has the changes of one block between two steps; here
+tests/behaviours/test_layers.py has the changes of one block between two steps; here
 are those that reach further.
 """
 import copy

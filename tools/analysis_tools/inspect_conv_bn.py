@@ -26,7 +26,7 @@ from torch import nn
 from mmtune import turn_on
 from mmtune.analysis import Block, TensorInfo, list_blocks
 from mmtune.api import make_report, select
-from mmtune.matching import find_pairs
+from mmtune.matching.pairs import find_pairs
 from mmtune.report import Report
 
 TENSORS = dict(weight='w', bias='b', gamma='gamma', beta='beta')

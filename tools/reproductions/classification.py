@@ -10,7 +10,7 @@ from mmdet.models import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmtune import behaviours
+from mmtune.behaviours import layers as behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles

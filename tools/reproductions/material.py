@@ -13,7 +13,7 @@ from finetune_digits import Classifier, load_data
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmtune import behaviours
+from mmtune.behaviours import layers as behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import interleaved_seconds

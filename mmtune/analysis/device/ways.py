@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from mmtune import native
 from mmtune.analysis.modes import put_in_mode
 from mmtune.api import latest_runs, turn_off, turn_on
-from mmtune.functional import (
+from mmtune.functional.fold import (
     Plan,
     fold_and_run,
     fold_and_run_norm,
     norm_coefficients,
 )
-from mmtune.kinds import conv_kind
+from mmtune.layers.kinds import conv_kind
 
 __all__ = ['PLANS', 'WAYS', 'Forward', 'has_native', 'how_it_ran',
            'put_in_way', 'run_plan', 'way_context']

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reproductions import scratch
 
-from mmtune import behaviours
+from mmtune.behaviours import layers as behaviours
 from tests.tools.synthetic import in_turn
 
 
