@@ -2,58 +2,32 @@
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from mmtune.layers.activations import attach_activations, find_activations
-from mmtune.utils.attach import detach, has_hooks
-from mmtune.behaviours.layers import attach_conv, attach_norm
-from mmtune.behaviours.buffers import ConvBuffers
-from mmtune.functional.fold import fold, norm_coefficients
-from mmtune.behaviours.held import hold_norms
-from mmtune.layers.kinds import (
-    ConvKind,
-    NormKind,
-    conv_kind,
-    looks_like_norm,
-    norm_kind,
+from mmtune.arguments import (
+    check_activations,
+    check_mode,
+    check_module,
+    check_norm_eval,
+    select,
 )
-from mmtune.matching.pairs import (
-    OWN_OPTION,
-    LeftOut,
-    Matches,
-    find_pairs,
-    norms_of,
-)
-from mmtune.report import Report, Row
+from mmtune.behaviours.activation import attach_activations, find_activations
 from mmtune.behaviours.blocks import BlockState, Pair, attach_block
+from mmtune.behaviours.buffers import ConvBuffers
+from mmtune.behaviours.convolution import attach_conv
+from mmtune.behaviours.held import hold_norms
+from mmtune.behaviours.normalization import attach_norm
+from mmtune.deploy import check_not_deployed, deploy, fit_for_good
+from mmtune.layers.normalizations import looks_like_norm, norm_kind
+from mmtune.matching.pairs import OWN_OPTION, Matches, find_pairs, norms_of
+from mmtune.report import Report, Row
+from mmtune.utils.attach import detach
 
-__all__ = [
-    'MODES', 'FoldedNorm', 'NothingFound', 'latest_runs', 'turn_off', 'turn_on'
-]
-
-MODES = ('Train', 'Eval', 'Tune', 'Deploy')
+__all__ = ['NothingFound', 'latest_runs', 'turn_off', 'turn_on']
 
 
 class NothingFound(ValueError):
     """The chosen modules hold nothing to put into a mode."""
-
-
-class FoldedNorm(nn.Identity):
-    """Stands where Deploy mode folded a BatchNorm away.
-
-    Args:
-        conv (str): Name of the convolution that it was folded into.
-    """
-
-    def __init__(self, conv: str) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def extra_repr(self) -> str:
-        """Say which convolution holds the normalization now."""
-        return f'folded into {self.conv}'
 
 
 def turn_on(model: nn.Module,
@@ -110,16 +84,16 @@ def turn_on(model: nn.Module,
             mode (a :class:`NothingFound`). The model is then as it was.
         RuntimeError: If blocks of the model are in Deploy mode already.
     """
-    _check_module(model)
-    mode = _check_mode(mode)
-    hold = _check_norm_eval(mode, norm_eval)
-    _check_activations(activations)
+    check_module(model)
+    mode = check_mode(mode)
+    hold = check_norm_eval(mode, norm_eval)
+    check_activations(activations)
     roots = select(model, modules)
     for root in roots:
-        _check_not_deployed(root)
+        check_not_deployed(root)
     matches = find_pairs(model, roots)
     if mode == 'Deploy':
-        matches = _fit_for_good(model, matches)
+        matches = fit_for_good(model, matches)
     found = {}
     if mode == 'Tune' and activations:
         found = find_activations(model, roots)
@@ -134,7 +108,7 @@ def turn_on(model: nn.Module,
         _tune(model, matches)
         attach_activations(roots, list(found.values()))
     elif mode == 'Deploy':
-        _deploy(model, matches)
+        deploy(model, matches)
     return make_report(model, mode, matches, list(found))
 
 
@@ -151,8 +125,8 @@ def turn_off(model: nn.Module) -> None:
         TypeError: If ``model`` is no module.
         RuntimeError: If it is in Deploy mode, which has no way back.
     """
-    _check_module(model)
-    _check_not_deployed(model)
+    check_module(model)
+    check_not_deployed(model)
     _release(model)
 
 
@@ -188,93 +162,6 @@ def latest_runs(model: nn.Module) -> dict[str, str]:
 # --------------------------------------------------------------------------
 
 
-def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError('`model` must be a torch.nn.Module, but got '
-                        f'{type(model).__name__}')
-
-
-def _check_mode(mode: str) -> str:
-    for name in MODES:
-        if isinstance(mode, str) and mode.lower() == name.lower():
-            return name
-    raise ValueError(f'`mode` must be one of {", ".join(MODES)}, but got '
-                     f'{mode!r}')
-
-
-def _check_norm_eval(mode: str, norm_eval: bool | None) -> bool | None:
-    """What BatchNorms are held in: ``training`` as a bool, or None."""
-    if norm_eval not in (None, True, False):
-        raise ValueError('`norm_eval` must be True, False or None, but got '
-                         f'{norm_eval!r}')
-    if mode == 'Train' and norm_eval:
-        raise ValueError("`norm_eval` must not be True in mode 'Train', "
-                         'which holds every BatchNorm in train mode')
-    if mode == 'Eval' and norm_eval is False:
-        raise ValueError("`norm_eval` must not be False in mode 'Eval', "
-                         'which holds every BatchNorm in eval mode')
-    if mode == 'Train':
-        return True
-    return False if mode == 'Eval' or norm_eval else None
-
-
-def _check_activations(activations: bool) -> None:
-    if not isinstance(activations, bool):
-        raise ValueError('`activations` must be True or False, but got '
-                         f'{activations!r}')
-
-
-def select(model: nn.Module,
-           modules: str | Sequence[str] | None) -> list[nn.Module]:
-    """Look up what the argument ``modules`` of :func:`turn_on` names.
-
-    Args:
-        model (nn.Module): The model.
-        modules (str | Sequence[str], optional): Names of submodules; None is
-            the whole model.
-
-    Returns:
-        list[nn.Module]: One for each name.
-
-    Raises:
-        TypeError: If it is neither a name nor a list of names.
-        ValueError: If a name does not exist, or the list is empty.
-    """
-    if modules is None:
-        return [model]
-    if isinstance(modules, str):
-        modules = [modules]
-    if not (isinstance(modules, (list, tuple))
-            and all(isinstance(name, str) for name in modules)):
-        raise TypeError('`modules` must be a name or a list of names of '
-                        f'submodules, but got {modules!r}')
-    if not modules:
-        raise ValueError('`modules` must name at least one submodule, but '
-                         'got an empty list; None takes the whole model')
-    return [_submodule(model, name) for name in modules]
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    module, path = model, ''
-    for part in name.split('.'):
-        children = dict(module.named_children())
-        if part not in children:
-            where = f'{path!r}' if path else 'the model'
-            raise ValueError(
-                f'`modules` names {name!r}, but {where} has no submodule '
-                f'{part!r}; it has {", ".join(children) or "none"}')
-        module, path = children[part], f'{path}.{part}'.lstrip('.')
-    return module
-
-
-def _check_not_deployed(model: nn.Module) -> None:
-    folded = sum(isinstance(m, FoldedNorm) for m in model.modules())
-    if folded:
-        raise RuntimeError(
-            f'{folded} blocks are in Deploy mode, which folds for good; '
-            'build the model anew and load its checkpoint to leave it')
-
-
 def _check_not_empty(mode: str, roots: list[nn.Module],
                      matches: Matches, has_activations: bool) -> None:
     if matches.pairs or has_activations:
@@ -292,59 +179,6 @@ def _check_not_empty(mode: str, roots: list[nn.Module],
         f'There is nothing to put into {mode} mode in the chosen modules: '
         f'expected convolutions followed by BatchNorm, but found '
         f'{text or "no normalization"}{why}')
-
-
-def _fit_for_good(model: nn.Module, matches: Matches) -> Matches:
-    """Leave out what Deploy cannot fold: it has to be sure of every use."""
-    sole = {
-        (match.conv, match.norm)
-        for match in find_pairs(model, [model]).pairs if match.sole
-    }
-    owners = Counter(
-        id(p) for m in model.modules() for p in m._parameters.values())
-    pairs, left_out = [], list(matches.left_out)
-    for match in matches.pairs:
-        conv = model.get_submodule(match.conv)
-        norm = model.get_submodule(match.norm)
-        parameters = [
-            p for m in (conv, norm) for p in m._parameters.values()
-            if p is not None
-        ]
-        if match.stock:
-            reason = match.stock
-        elif (match.conv, match.norm) not in sole:
-            reason = 'Deploy needs a pair that is called once on every way'
-        elif 'weight' not in conv._parameters:
-            reason = 'Deploy needs a weight that is a plain parameter'
-        elif is_lazy(conv.weight) or is_lazy(norm.running_mean):
-            reason = 'Deploy needs layers that are initialized'
-        elif _norm_kind(norm).does_more:
-            reason = f'{type(norm).__name__} does more than normalize'
-        elif _kind(conv).weight(conv) is not conv.weight:
-            reason = f'{type(conv).__name__} makes a weight of its own'
-        elif 'bias' not in conv._parameters:
-            reason = f'{type(conv).__name__} takes no bias'
-        elif any(owners[id(p)] > 1 for p in parameters):
-            reason = 'Deploy needs parameters that no other module shares'
-        elif has_hooks(conv) or has_hooks(norm):
-            reason = 'Deploy would run past the hooks of the pair'
-        else:
-            pairs.append(match)
-            continue
-        left_out.append(LeftOut(match.norm, match.conv, reason))
-    return Matches(pairs, left_out)
-
-
-def _kind(conv: nn.Module) -> ConvKind:
-    kind = conv_kind(type(conv))
-    assert kind is not None, 'a match has a known convolution'
-    return kind
-
-
-def _norm_kind(norm: nn.Module) -> NormKind:
-    kind = norm_kind(norm)
-    assert kind is not None, 'a match has a known normalization'
-    return kind
 
 
 # --------------------------------------------------------------------------
@@ -374,7 +208,8 @@ def _tune(model: nn.Module, matches: Matches) -> None:
         block, conv, norm = (
             model.get_submodule(name)
             for name in (match.block, match.conv, match.norm))
-        kind = _norm_kind(norm)
+        kind = norm_kind(norm)
+        assert kind is not None, 'a match has a known normalization'
         if block not in states:
             states[block] = BlockState()
         states[block].pairs.append(
@@ -391,36 +226,6 @@ def _tune(model: nn.Module, matches: Matches) -> None:
                 '_tune_own_option': vars(block)[OWN_OPTION],
                 OWN_OPTION: None
             })
-
-
-@torch.no_grad()
-def _deploy(model: nn.Module, matches: Matches) -> None:
-    """Fold each pair for good.
-
-    Parameters of the model go on to serve: the convolution's weight, and its
-    bias or else the BatchNorm's, so that an optimizer built beforehand
-    trains the folded ones.
-    """
-    for match in matches.pairs:
-        conv = model.get_submodule(match.conv)
-        norm = model.get_submodule(match.norm)
-        weight, bias = fold(
-            conv.weight, conv.bias, norm.weight, norm.bias,
-            *norm_coefficients(norm.running_mean, norm.running_var,
-                               _norm_kind(norm).eps(norm)),
-            _kind(conv).coeff_shape(conv, conv.weight.shape))
-        if conv.bias is None:
-            conv.bias = norm._parameters.get('bias')
-        if conv.bias is None:
-            # One that is made in inference mode could not learn outside.
-            with torch.inference_mode(False):
-                conv.bias = nn.Parameter(
-                    bias.to(conv.weight, copy=True),
-                    conv.weight.requires_grad)
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
-        owner, _, name = match.norm.rpartition('.')
-        setattr(model.get_submodule(owner), name, FoldedNorm(match.conv))
 
 
 def make_report(model: nn.Module,

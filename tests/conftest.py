@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import convolution
 
 
 def pytest_addoption(parser):
@@ -28,5 +28,5 @@ def few_threads():
 def nothing_is_small(request, monkeypatch):
     """Fold however small a map is: tests are quick with small ones."""
     if 'small_maps' not in request.keywords:
-        monkeypatch.setattr(behaviours, 'SMALL_MAP', 0)
-        monkeypatch.setattr(behaviours, 'SMALL_SHARE', 0)
+        monkeypatch.setattr(convolution, 'SMALL_MAP', 0)
+        monkeypatch.setattr(convolution, 'SMALL_SHARE', 0)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import convolution
 
 
 def _free_port():
@@ -29,7 +29,7 @@ def _start(rank, world_size, port, function, args, init, results):
     # MMEngine's launcher for gloo asks for a GPU all the same.
     torch.cuda.set_device = lambda device: None
     # What the fixtures of tests/conftest.py do does not reach here.
-    behaviours.SMALL_MAP = behaviours.SMALL_SHARE = 0
+    convolution.SMALL_MAP = convolution.SMALL_SHARE = 0
     if init:
         # A deadlock is to end the test.
         dist.init_process_group('gloo', timeout=timedelta(seconds=60))

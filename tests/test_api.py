@@ -7,7 +7,9 @@ from torch import nn
 import mmtune
 from mmtune import turn_off, turn_on
 from mmtune.analysis import saved_bytes
-from mmtune.api import MODES, FoldedNorm, latest_runs
+from mmtune.api import latest_runs
+from mmtune.arguments import MODES
+from mmtune.deploy import FoldedNorm
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 

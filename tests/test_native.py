@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtune import native
 from mmtune.analysis import saved_bytes
-from mmtune.functional.fold import Convolution, Plan, Product, fold_and_run_norm
+from mmtune.functional.fold import Plan, fold_and_run_norm
+from mmtune.functional.geometry import Convolution, Product
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = (Plan.FOLD, Plan.SCALE)

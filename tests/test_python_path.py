@@ -10,10 +10,10 @@ from mmtune import native
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that run blocks, and measure neither time nor bytes of the machine.
-CORE = ('test_api', 'test_attach', 'test_backbones', 'test_behaviours',
-        'test_checkpoint', 'test_deferred', 'test_frozen', 'test_functional',
-        'test_kinds', 'test_numbers', 'integrations/test_changes',
-        'integrations/test_compile', 'integrations/test_training')
+CORE = ('behaviours', 'functional', 'integrations/test_changes.py',
+        'integrations/test_compile.py', 'integrations/test_training.py',
+        'layers', 'matching', 'test_api.py', 'test_backbones.py',
+        'test_numbers.py')
 IS_OFF = os.environ.get('MMTUNE_NATIVE') == '0'
 
 beside_the_node = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def run_without_the_node(paths, *options):
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
          f'{__file__}::test_there_is_no_node',
-         *(f'tests/{path}.py' for path in paths), *options],
+         *(f'tests/{path}' for path in paths), *options],
         cwd=ROOT, env={**os.environ, 'MMTUNE_NATIVE': '0'},
         capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr

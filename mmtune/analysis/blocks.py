@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mmtune.api import FoldedNorm
-from mmtune.layers.kinds import norm_kind
+from mmtune.deploy import FoldedNorm
+from mmtune.layers.normalizations import norm_kind
 from mmtune.report import Report
 
 __all__ = ['Block', 'TensorInfo', 'list_blocks']

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.api import select, turn_on
+from mmtune.api import turn_on
+from mmtune.arguments import select
 from mmtune.report import Report
 
 __all__ = ['MODES', 'put_in_mode', 'randomize_new_norms']

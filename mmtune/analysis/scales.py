@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmtune.analysis.blocks import list_blocks
 from mmtune.functional.fold import norm_coefficients
-from mmtune.layers.kinds import norm_kind
+from mmtune.layers.normalizations import norm_kind
 from mmtune.report import Report
 
 __all__ = [

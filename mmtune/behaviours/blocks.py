@@ -16,6 +16,14 @@ import torch
 from torch import nn
 
 from mmtune import native
+from mmtune.behaviours.calls import Call
+from mmtune.behaviours.deferred import (
+    CompiledDeferredConv,
+    defer,
+    inside_autograd_function,
+    settle,
+)
+from mmtune.behaviours.known import Memory, entries
 from mmtune.utils.attach import (
     BACKWARD_HOOKS,
     HOOKS,
@@ -24,14 +32,6 @@ from mmtune.utils.attach import (
     attach,
     has_hooks,
 )
-from mmtune.behaviours.deferred import (
-    Call,
-    CompiledDeferredConv,
-    defer,
-    inside_autograd_function,
-    settle,
-)
-from mmtune.behaviours.known import Memory, entries
 
 __all__ = ['BlockRun', 'BlockState', 'Pair', 'at', 'attach_block', 'runs',
            'thread']

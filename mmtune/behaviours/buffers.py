@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mmtune.utils.attach import Override
 from mmtune.functional.fold import norm_coefficients
+from mmtune.utils.attach import Override
 
 __all__ = ['CONSTANTS', 'ConvBuffers', 'NamedBuffers']
 

@@ -4,14 +4,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtune.behaviours.deferred import Call
+from mmtune.behaviours.calls import Call
 from mmtune.functional.fold import (
-    LinearMap,
     fold,
     fold_and_run_norm,
     native_node,
     norm_coefficients,
 )
+from mmtune.functional.geometry import LinearMap
 from mmtune.layers.kinds import NormKind
 from mmtune.layers.questions import convolved_dtype
 

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from mmtune.utils.attach import Hook, Override, TunedRepr, attach
 from mmtune.behaviours.blocks import at
+from mmtune.utils.attach import Hook, Override, TunedRepr, attach
 
 __all__ = ['hold_norms']
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from mmtune import native
-from mmtune.behaviours.deferred import PLAIN
+from mmtune.behaviours.calls import PLAIN
 from mmtune.behaviours.folding import FoldablePair
 from mmtune.functional.fold import Plan, native_geometry
 

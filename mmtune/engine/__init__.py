@@ -1,0 +1,1 @@
+"""What MMEngine needs beside hooks: the config key, and checkpoints."""

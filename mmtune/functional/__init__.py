@@ -1,0 +1,1 @@
+"""The mathematics, on tensors; nothing here knows a module's class."""

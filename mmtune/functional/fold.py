@@ -18,132 +18,20 @@ weight. It says where the weight has its output channels:
   weight: in the second, for each group of the first.
 """
 import enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmtune import native
+from mmtune.functional.geometry import Convolution, LinearMap
 
 __all__ = [
-    'Convolution', 'Plan', 'Product', 'fold', 'fold_and_run',
-    'fold_and_run_norm', 'native_geometry', 'native_node', 'needs_gradient',
-    'norm_coefficients', 'run_folded'
+    'Plan', 'fold', 'fold_and_run', 'fold_and_run_norm', 'native_geometry',
+    'native_node', 'needs_gradient', 'norm_coefficients', 'run_folded'
 ]
 
-
-class Convolution(NamedTuple):
-    """A convolution by its geometry, in the order of ``torch.convolution``.
-
-    One number may stand for all dimensions, as ``F.conv2d`` takes it.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def expanded(self, dims: int) -> 'Convolution':
-        """Give the same with one number for each dimension.
-
-        Args:
-            dims (int): How many there are.
-
-        Returns:
-            Convolution: One that the other methods take.
-        """
-        given = self.stride, self.padding, self.dilation, self.output_padding
-        settings = [
-            tuple(value) if isinstance(value, (tuple, list)) else (value, )
-            for value in given
-        ]
-        stride, padding, dilation, output_padding = (
-            value * dims if len(value) == 1 else value for value in settings)
-        return self._replace(stride=stride, padding=padding, dilation=dilation,
-                             output_padding=output_padding)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            x (Tensor): Shape (batch, in_channels, ...).
-            weight (Tensor): Of the shape that ``torch.convolution`` asks for.
-            bias (Tensor): Shape (out_channels,).
-
-        Returns:
-            Tensor: Shape (batch, out_channels, ...).
-        """
-        return torch.convolution(x, weight, bias, *self)
-
-    def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
-                  needs_x: bool) -> tuple[Tensor | None, Tensor]:
-        """Give the gradients of the input, where it is needed, and weight."""
-        return torch.ops.aten.convolution_backward(grad_output, x, weight,
-                                                   None, *self,
-                                                   (needs_x, True, False))[:2]
-
-    def input_gradient(self, grad_output: Tensor, weight: Tensor,
-                       input_shape: torch.Size) -> Tensor:
-        """Give the gradient of the input, which does not need the input.
-
-        Written as the transposed convolution that it is, since
-        ``aten.convolution_backward`` asks for the input itself.
-        """
-        if self.transposed:
-            output_padding = (0, ) * len(self.stride)
-        else:
-            output_padding = tuple(
-                size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-                for size, out, s, p, d, k in zip(
-                    input_shape[2:], grad_output.shape[2:], self.stride,
-                    self.padding, self.dilation, weight.shape[2:]))
-        gradient = torch.convolution(grad_output, weight, None, self.stride,
-                                     self.padding, self.dilation,
-                                     not self.transposed, output_padding,
-                                     self.groups)
-        if gradient.shape == input_shape:
-            return gradient
-        # An output padding of a stride or more gives positions beyond those
-        # of the input. Copied, to lie as densely as torch's own gradient.
-        inside = [slice(size) for size in input_shape[2:]]
-        return gradient[(..., *inside)].clone()
-
-
-class Product:
-    """``x @ weight.T + bias``, what a linear layer computes of a matrix.
-
-    The methods are those of :class:`Convolution`, for ``x`` of shape
-    (batch, in_features) and ``weight`` of (out_features, in_features).
-    """
-
-    def expanded(self, dims: int) -> 'Product':
-        """See :meth:`Convolution.expanded`."""
-        return self
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Multiply and add."""
-        return torch.addmm(bias, x, weight.t())
-
-    def gradients(self, grad_output: Tensor, x: Tensor, weight: Tensor,
-                  needs_x: bool) -> tuple[Tensor | None, Tensor]:
-        """See :meth:`Convolution.gradients`."""
-        # In which order decides the strides of the result: as torch's own.
-        if weight.stride() == (weight.size(1), 1):
-            grad_weight = grad_output.t().mm(x)
-        else:
-            grad_weight = x.t().mm(grad_output).t()
-        return grad_output.mm(weight) if needs_x else None, grad_weight
-
-    def input_gradient(self, grad_output: Tensor, weight: Tensor,
-                       input_shape: torch.Size) -> Tensor:
-        """See :meth:`Convolution.input_gradient`."""
-        return grad_output.mm(weight)
-
-
-LinearMap = Convolution | Product
 # The geometry of a product, as the native node takes it.
 _NO_GEOMETRY = ((), (), (), False, (), 1)
 

@@ -9,8 +9,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.analysis import peak_on
-from mmtune.utils.attach import Hook as OwnHook
 from mmtune.registry import HOOKS
+from mmtune.utils.attach import Hook as OwnHook
 
 __all__ = ['StepMemoryHook']
 

@@ -9,8 +9,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from mmtune.api import FoldedNorm, NothingFound, latest_runs, turn_on
+from mmtune.api import NothingFound, latest_runs, turn_on
 from mmtune.collect_env import native_status
+from mmtune.deploy import FoldedNorm
 from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS
 from mmtune.report import Row

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mmtune.utils.attach import bare_copy
 from mmtune.layers.questions import is_question
+from mmtune.utils.attach import bare_copy
 
 __all__ = [
     'calls_batch_norm', 'convolution_of', 'convolves', 'forget_trials',

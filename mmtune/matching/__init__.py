@@ -1,0 +1,1 @@
+"""Finds the pairs of convolution and normalization of a model."""

@@ -10,16 +10,15 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from mmtune.utils.attach import has_hooks
-from mmtune.layers.kinds import (
+from mmtune.layers.convolutions import (
     conv_kind,
     is_known_conv,
     looks_like_conv,
-    looks_like_norm,
-    norm_kind,
 )
+from mmtune.layers.normalizations import looks_like_norm, norm_kind
 from mmtune.layers.questions import RESHAPING_METHODS
 from mmtune.matching.tracing import Traces, asks, has_forward, trace
+from mmtune.utils.attach import has_hooks
 
 __all__ = ['Begin', 'Ends', 'Source']
 

@@ -3,7 +3,7 @@
 Each module that calls convolutions or normalizations itself is traced with
 torch.fx, its children as leaves; a whole detector never is. A trace need not
 be the only way through the forward, because a pair is only a candidate: what
-really runs is decided at each call (see ``behaviours.py``).
+really runs is decided at each call (see :mod:`mmtune.behaviours`).
 """
 import math
 from collections import Counter
@@ -14,21 +14,22 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mmtune.utils.attach import overridden
-from mmtune.matching.borders import Ends
 from mmtune.layers.calls import forget_trials
-from mmtune.layers.frozen import forget_probes
-from mmtune.layers.kinds import (
+from mmtune.layers.code import methods_of, patched
+from mmtune.layers.convolutions import (
     conv_kind,
     is_known_conv,
     looks_like_conv,
+)
+from mmtune.layers.frozen import forget_probes
+from mmtune.layers.normalizations import (
     looks_like_norm,
-    methods_of,
     norm_kind,
-    patched,
     why_not_folded,
 )
+from mmtune.matching.borders import Ends
 from mmtune.matching.tracing import OWN_OPTION, has_forward
+from mmtune.utils.attach import overridden
 
 __all__ = [
     'OWN_OPTION', 'LeftOut', 'Match', 'Matches', 'find_pairs', 'norms_of'

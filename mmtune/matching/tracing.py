@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from mmtune.utils.attach import overridden
-from mmtune.layers.calls import stand_in
 from mmtune.behaviours.deferred import inside_autograd_function
+from mmtune.layers.calls import stand_in
 from mmtune.layers.questions import ASKING_ATTRIBUTES, ASKING_METHODS
+from mmtune.utils.attach import overridden
 
 __all__ = ['OWN_OPTION', 'Traces', 'asks', 'has_forward', 'trace']
 

@@ -3,9 +3,10 @@
 It is built at the first fold, in about half a minute, and kept in a folder
 that is named for the torch, the Python, the source and the compiler:
 ``$TORCH_EXTENSIONS_DIR/mmtune`` or ``~/.cache/mmtune``. Where it cannot be
-built, :mod:`mmtune.functional.fold` computes the same in Python. The environment
-variable ``MMTUNE_NATIVE`` says otherwise: 0 never uses it, 1 makes its
-absence an error. To build it ahead, in an image say, and see where it lies::
+built, :mod:`mmtune.functional.fold` computes the same in Python. The
+environment variable ``MMTUNE_NATIVE`` says otherwise: 0 never uses it, 1 makes
+its absence an error. To build it ahead, in an image say, and see where it
+lies::
 
     python -m mmtune.native
 """

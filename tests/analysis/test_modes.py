@@ -8,7 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmtune import turn_on
 from mmtune.analysis.modes import MODES, put_in_mode, randomize_new_norms
-from mmtune.api import FoldedNorm, latest_runs
+from mmtune.api import latest_runs
+from mmtune.deploy import FoldedNorm
 from tests.oracle import randomize
 from tests.toy import ToyClassifier, conv_bns
 

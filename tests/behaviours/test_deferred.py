@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmtune import turn_on
-from mmtune.behaviours.deferred import DeferredConv, call_of, defer, settle
-from mmtune.layers.kinds import conv_kind
+from mmtune.behaviours.calls import call_of
+from mmtune.behaviours.deferred import DeferredConv, defer, settle
+from mmtune.layers.convolutions import conv_kind
 
 
 @pytest.fixture

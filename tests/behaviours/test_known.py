@@ -16,8 +16,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from mmtune import native, turn_off, turn_on
-
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import normalization
 from mmtune.behaviours.known import Memory
 from tests.oracle import assert_equal_steps, randomize, runs, step
 
@@ -66,13 +65,13 @@ def pair(x):
 def checks(monkeypatch):
     """Counts the full checks."""
     counted = []
-    check = behaviours.foldable_pair
+    check = normalization.foldable_pair
 
     def counting(*args):
         counted.append(args)
         return check(*args)
 
-    monkeypatch.setattr(behaviours, 'foldable_pair', counting)
+    monkeypatch.setattr(normalization, 'foldable_pair', counting)
     return counted
 
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmtune import turn_on
-from mmtune.layers.activations import activation_runs
-from mmtune.behaviours.saved import current_scope, observer, spared
+from mmtune.behaviours.activation import activation_runs
+from mmtune.behaviours.remade import spared
+from mmtune.behaviours.saved import current_scope, observer
 from tests.oracle import assert_equal_steps, step, stock_copy
 
 

@@ -613,7 +613,7 @@ BENCHMARKS = {
         '(2 x channels x height x width). With the native node every block '
         'folds. The Python path chooses by the size of the map whether to '
         'fold ("fused") or to run as stock ("small"), by `SMALL_MAP` and '
-        '`SMALL_SHARE` in `mmtune/behaviours/layers.py`.', US,
+        '`SMALL_SHARE` in `mmtune/behaviours/convolution.py`.', US,
         (Ratio('Tune', 'Eval', '<= 1.02'), Ratio(PYTHON, 'Eval'),
          Ratio('Tune', 'Deploy')), threads=1, rounds=15),
 }

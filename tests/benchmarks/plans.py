@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.analysis.timing import interleaved_seconds, quartiles
-from mmtune.functional.fold import Convolution, Plan, fold_and_run_norm
+from mmtune.functional.fold import Plan, fold_and_run_norm
+from mmtune.functional.geometry import Convolution
 
 # Channels, kernel, groups, and the sides of maps to try.
 SHAPES = (

@@ -7,12 +7,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from mmtune import native
 from mmtune.analysis import saved_bytes
-from mmtune.functional.fold import (
-    Convolution,
-    fold,
-    fold_and_run_norm,
-    norm_coefficients,
-)
+from mmtune.functional.fold import fold, fold_and_run_norm, norm_coefficients
+from mmtune.functional.geometry import Convolution
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -10,8 +10,9 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from mmtune.api import FoldedNorm, latest_runs
+from mmtune.api import latest_runs
 from mmtune.collect_env import native_status
+from mmtune.deploy import FoldedNorm
 from mmtune.hooks.tune_mode_hook import _unwrapped
 from tests import toy
 from tests.toy import TUNE, build_runner, logged, losses

@@ -1,7 +1,7 @@
 """What users change on a model in Tune mode, against the same on stock.
 
-tests/behaviours/test_layers.py has the changes of one block between two steps; here
-are those that reach further.
+tests/behaviours/test_convolution.py has the changes of one block between two
+steps; here are those that reach further.
 """
 import copy
 import subprocess

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_off, turn_on
-from mmtune.layers.calls import calls_batch_norm, convolves
 from mmtune.behaviours.deferred import DeferredConv
+from mmtune.layers.calls import calls_batch_norm, convolves
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 

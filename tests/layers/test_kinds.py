@@ -10,9 +10,9 @@ from mmdet.models.backbones.trident_resnet import TridentConv
 from torch import nn
 
 from mmtune import turn_off, turn_on
-
-from mmtune.layers import kinds
-from mmtune.layers.kinds import CONV_KINDS, ConvKind
+from mmtune.layers import convolutions
+from mmtune.layers.convolutions import CONV_KINDS
+from mmtune.layers.kinds import ConvKind
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 TRANSPOSED = {
@@ -377,13 +377,13 @@ def test_unknown_type_runs_as_stock_and_is_named(build, reason):
 
 
 def test_a_kind_of_ones_own(monkeypatch):
-    """As the docstring of mmtune.layers.kinds shows."""
+    """As the docstring of mmtune.layers.convolutions shows."""
     monkeypatch.setitem(CONV_KINDS, f'{__name__}.Doubled', ConvKind())
     model = prepared(nn.Sequential(DoubledConv(), nn.BatchNorm2d(6)))
     stock = stock_copy(model)
     assert not turn_on(model).left_out
     compare(model, stock, SHAPE, 'fused')
-    assert 'CONV_KINDS[' in kinds.__doc__
+    assert 'CONV_KINDS[' in convolutions.__doc__
 
 
 class PaddedTwice(nn.Sequential):

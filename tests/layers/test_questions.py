@@ -10,8 +10,8 @@ from torch import nn
 
 from mmtune import turn_on
 from mmtune.behaviours.deferred import DeferredConv
-from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 from tests.layers.test_calls import SameConv
+from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 X = (2, 4, 9, 8)
 CONVS = {

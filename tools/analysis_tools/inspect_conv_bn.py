@@ -25,7 +25,8 @@ from torch import nn
 
 from mmtune import turn_on
 from mmtune.analysis import Block, TensorInfo, list_blocks
-from mmtune.api import make_report, select
+from mmtune.api import make_report
+from mmtune.arguments import select
 from mmtune.matching.pairs import find_pairs
 from mmtune.report import Report
 

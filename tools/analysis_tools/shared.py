@@ -34,7 +34,7 @@ from mmtune.analysis.workloads import (
     detection_workload,
     image_workload,
 )
-from mmtune.api import select
+from mmtune.arguments import select
 from mmtune.report import Report
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from mmdet.models import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmtune.behaviours import layers as behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
+from mmtune.behaviours import convolution
 from reproductions.material import (
     fetch_weights,
     in_processes,
@@ -457,7 +457,7 @@ def page(found: dict) -> str:
             The most bytes of tensors that a training step creates and holds
             at once, counted on the CPU, and its time: ratios within rounds in
             which the modes take turns, median and quartiles. Blocks whose
-            maps have fewer than {behaviours.SMALL_MAP:,} elements run as
+            maps have fewer than {convolution.SMALL_MAP:,} elements run as
             stock in Tune mode, while MMEngine's rewrite folds them."""),
         _step_section(found),
         '## Table 3 of the paper',

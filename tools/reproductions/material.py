@@ -13,10 +13,10 @@ from finetune_digits import Classifier, load_data
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmtune.behaviours import layers as behaviours
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
+from mmtune.behaviours import convolution
 from reproductions.pages import Item, track
 
 
@@ -76,7 +76,7 @@ def put_in_folding_mode(model: nn.Module, mode: str) -> None:
         model (nn.Module): A stock model.
         mode (str): One of :data:`mmtune.analysis.modes.MODES`.
     """
-    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
+    with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_mode(model, mode)
 
 

@@ -22,7 +22,7 @@ from mmtune.analysis.device.ways import (
     run_plan,
 )
 from mmtune.api import turn_on
-from mmtune.layers.kinds import conv_kind
+from mmtune.layers.convolutions import conv_kind
 
 __all__ = ['BOUND', 'FORWARDS', 'KINDS', 'Check', 'Kind', 'Precision',
            'check_kind', 'precisions']

@@ -15,7 +15,7 @@ from mmtune.functional.fold import (
     fold_and_run_norm,
     norm_coefficients,
 )
-from mmtune.layers.kinds import conv_kind
+from mmtune.layers.convolutions import conv_kind
 
 __all__ = ['PLANS', 'WAYS', 'Forward', 'has_native', 'how_it_ran',
            'put_in_way', 'run_plan', 'way_context']

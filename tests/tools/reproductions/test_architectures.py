@@ -9,7 +9,7 @@ from mmengine.logging import MMLogger
 from reproductions import architectures
 from reproductions.architectures import CLASSIFICATION, DETECTION, WHOLE
 
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 MIB = 2**20
@@ -40,7 +40,7 @@ def found_of(*rows):
 @pytest.fixture(scope='module')
 def measured():
     MMLogger.get_instance('reproduce', log_level='WARNING')
-    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
+    with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
         with mock.patch.object(architectures, 'in_processes', in_turn):
             found = architectures.run(
                 (1, 64, 96), (2, 32, 32), (1, 64, 96),

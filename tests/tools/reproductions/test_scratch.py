@@ -7,7 +7,7 @@ import pytest
 import torch
 from reproductions import scratch
 
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 
@@ -16,8 +16,8 @@ def found(tmp_path_factory):
     """What a run finds, with few small images."""
     with pytest.MonkeyPatch.context() as patch:
         # conftest.py does so for each test, but not for this fixture.
-        patch.setattr(behaviours, 'SMALL_MAP', 0)
-        patch.setattr(behaviours, 'SMALL_SHARE', 0)
+        patch.setattr(convolution, 'SMALL_MAP', 0)
+        patch.setattr(convolution, 'SMALL_SHARE', 0)
         patch.setattr(scratch, 'in_processes', in_turn)
         stock = finetune_digits.load_data
         for module in (scratch, finetune_digits):

@@ -11,7 +11,7 @@ from mmengine import fileio
 from mmengine.config import Config
 from reproductions import table4
 
-from mmtune.behaviours import layers as behaviours
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 MIB = 2**20
@@ -30,7 +30,7 @@ def in_root():
 @pytest.fixture(scope='module')
 def measured():
     # Every level of the FPN has several pixels.
-    with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
+    with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
         found = table4.run(shape=(128, 160), batches=(2, ), names=[SMALL])
     return json.loads(json.dumps(found, allow_nan=False))
 

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_off, turn_on
+from mmtune.analysis import peak_bytes, saved_bytes
+from mmtune.behaviours.activation import activation_runs
+from mmtune.behaviours.remade import spared
 from mmtune.layers.activations import (
     ACTIVATION_KINDS,
     ActivationKind,
     activation_kind,
-    activation_runs,
 )
-from mmtune.analysis import peak_bytes, saved_bytes
-from mmtune.behaviours.saved import spared
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
 NEEDS_ARGUMENTS = {'mmcv.cnn.bricks.activation.Clamp': (-.5, .5)}
