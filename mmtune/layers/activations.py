@@ -7,7 +7,7 @@ that computes its output by code of its own, stays as it is. To add one of
 your own, whose output depends on its input and its attributes alone, element
 by element, and on no parameter and no chance::
 
-    from mmtune.layers.activations import ACTIVATION_KINDS, ActivationKind
+    from mmtune.layers import ACTIVATION_KINDS, ActivationKind
 
     ACTIVATION_KINDS['mypackage.layers.MyActivation'] = ActivationKind()
 
