@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist worksteal
 
-.PHONY: env demo test test-all reproduce lint docs wheel clean
+.PHONY: env demo test test-core test-all reproduce lint docs wheel clean
 
 env:
 	@$(PYTHON) requirements/install.py
@@ -21,6 +21,26 @@ demo: env
 
 test: env
 	$(PYTEST) -m 'not exhaustive'
+
+# What needs torch alone, in a few minutes: `make test-core` with the torch of
+# .venv, `make test-core TORCH=2.4` with that one in an environment of its own.
+CORE = tests/behaviours tests/functional tests/layers/test_calls.py \
+    tests/layers/test_frozen.py tests/matching tests/test_api.py \
+    tests/test_native.py tests/test_report.py tests/test_structure.py
+
+ifdef TORCH
+CORE_VENV = build/torch-$(TORCH)
+test-core:
+	$(PYTHON) -m venv $(CORE_VENV)
+	$(CORE_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH).*' numpy \
+	    pytest pytest-xdist hypothesis --editable .
+	$(CORE_VENV)/bin/python -m mmtune.collect_env
+	$(subst .venv,$(CORE_VENV),$(PYTEST)) -m 'not slow and not exhaustive' \
+	    $(CORE)
+else
+test-core: env
+	$(PYTEST) -m 'not slow and not exhaustive' $(CORE)
+endif
 
 test-all: env
 	$(PYTEST)

@@ -9,7 +9,7 @@ from mmtune import native
 from mmtune.layers.kinds import ConvKind, parameter
 from mmtune.utils.attach import bare_copy
 
-__all__ = ['PLAIN', 'Call', 'call_of', 'fingerprints']
+__all__ = ['PLAIN', 'Call', 'autocast_dtype', 'call_of', 'fingerprints']
 
 # What the forward of a convolution reads beside its parameters.
 SETTINGS = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
@@ -20,8 +20,12 @@ _is_any_autocast_enabled = getattr(
     torch._C, '_is_any_autocast_enabled', lambda: True)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast gives convolutions here, None where off."""
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Give the dtype that autocast gives convolutions, None where it is off.
+
+    Args:
+        device_type (str): Where they run.
+    """
     if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
         return None
     if (torch.amp.is_autocast_available(device_type)
@@ -103,17 +107,17 @@ class Call(NamedTuple):
         if not self.settings_are_same():
             conv = bare_copy(conv)
             vars(conv).update(zip(SETTINGS, self.settings))
-        grad_enabled, autocast_dtype = self.context
+        grad_enabled, dtype = self.context
         with contextlib.ExitStack() as stack:
             if grad_enabled != torch.is_grad_enabled():
                 stack.enter_context(torch.set_grad_enabled(grad_enabled))
             device_type = inputs[0].device.type
-            if autocast_dtype != _autocast_dtype(device_type):
+            if dtype != autocast_dtype(device_type):
                 stack.enter_context(
                     torch.autocast(
                         device_type,
-                        autocast_dtype,
-                        enabled=autocast_dtype is not None))
+                        dtype,
+                        enabled=dtype is not None))
             return self.kind.run(conv, self.weight, self.bias, *inputs)
 
 
@@ -134,7 +138,7 @@ def call_of(name: str, conv: nn.Module, kind: ConvKind, x: Tensor) -> Call:
 
 
 def _context(x: Tensor) -> tuple[bool, torch.dtype | None]:
-    return torch.is_grad_enabled(), _autocast_dtype(x.device.type)
+    return torch.is_grad_enabled(), autocast_dtype(x.device.type)
 
 
 def _settings(conv: nn.Module) -> tuple:

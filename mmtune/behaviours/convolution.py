@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 
 from mmtune.behaviours.blocks import (
@@ -31,7 +30,7 @@ from mmtune.behaviours.forward import (
     LayerState,
     positional,
 )
-from mmtune.behaviours.known import CALL
+from mmtune.behaviours.known import CALL, GLOBAL_HOOKS
 from mmtune.functional.fold import native_node
 from mmtune.layers.convolutions import conv_kind
 from mmtune.layers.kinds import ConvKind, NormKind
@@ -207,7 +206,7 @@ def why_not_defer(conv: nn.Module, state: ConvState, norm: nn.Module,
             or len(norm._forward_pre_hooks) != 1
             or norm._backward_hooks or norm._backward_pre_hooks
             or (norm._forward_hooks and has_hooks(norm))
-            or _has_any_global_hook()):
+            or any([hooks for hooks, _ in GLOBAL_HOOKS])):
         return 'a hook sees what passes between the two'
     if (type(norm.__dict__.get('forward')) is not Forward
             or not state.is_stock(conv)):

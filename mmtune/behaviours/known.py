@@ -19,18 +19,18 @@ from mmtune.behaviours.calls import PLAIN
 from mmtune.behaviours.folding import FoldablePair
 from mmtune.functional.fold import Plan, native_geometry
 
-__all__ = ['CALL', 'Known', 'Memory', 'entries', 'know']
+__all__ = ['CALL', 'GLOBAL_HOOKS', 'Known', 'Memory', 'entries', 'know']
 
 # Who replaces these sees what every module gives.
 CALL = nn.Module.__call__, nn.Module._call_impl
 
-# What `torch.nn.modules.module._has_any_global_hook` looks at.
-_GLOBAL_HOOKS = tuple(
+# Hooks of every module, and what is known of them: that there are none.
+GLOBAL_HOOKS = tuple(
     (getattr(torch_module, name), ()) for name in (
         '_global_backward_pre_hooks', '_global_backward_hooks',
         '_global_forward_hooks', '_global_forward_pre_hooks'))
 _ELSEWHERE = (
-    *_GLOBAL_HOOKS,
+    *GLOBAL_HOOKS,
     (nn.Module, '__call__', CALL[0]),
     (nn.Module, '_call_impl', CALL[1]),
     (forward_ad, '_current_level', -1),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mmtune.behaviours.calls import autocast_dtype
 from mmtune.utils.attach import bare_copy
 
 __all__ = ['Call', 'Piece', 'Reader', 'add_spared', 'call_that_gave',
@@ -99,7 +100,7 @@ class Call:
         self.x: Any = x
         self.version = x._version
         self.pieces: list[Piece] = []
-        self.autocast = _autocast_dtype(x.device.type)
+        self.autocast = autocast_dtype(x.device.type)
         # What was made anew: the output, and what the nodes keep in stock.
         self.output: Tensor | None = None
         self.saved: list[Tensor] = []
@@ -229,7 +230,7 @@ class Call:
 
     def _as_then(self, device_type: str) -> contextlib.AbstractContextManager:
         """Autocast as it was in the forward."""
-        if self.autocast == _autocast_dtype(device_type):
+        if self.autocast == autocast_dtype(device_type):
             return contextlib.nullcontext()
         return torch.autocast(device_type, self.autocast,
                               enabled=self.autocast is not None)
@@ -276,10 +277,3 @@ def _is_result(output: Any) -> bool:
     """Whether an output is a tensor of its own, with a history."""
     return (type(output) is Tensor and output.grad_fn is not None
             and output.layout == torch.strided and not output._is_view())
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if not (torch._C._is_any_autocast_enabled()
-            and torch.is_autocast_enabled(device_type)):
-        return None
-    return torch.get_autocast_dtype(device_type)

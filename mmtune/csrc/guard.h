@@ -84,11 +84,16 @@ inline bool all_hold(PyObject* facts) {
   return true;
 }
 
+// By value: old versions of torch ask for a set that may change.
+inline int64_t raw(c10::DispatchKeySet keys) {
+  return static_cast<int64_t>(keys.raw_repr());
+}
+
 // Everything of the thread that decides what a call would do.
 inline void add_modes(Numbers& numbers, c10::DeviceType device) {
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  numbers.add(static_cast<int64_t>(local.included_.raw_repr()));
-  numbers.add(static_cast<int64_t>(local.excluded_.raw_repr()));
+  numbers.add(raw(local.included_));
+  numbers.add(raw(local.excluded_));
   numbers.add(c10::AutogradState::get_tls_state().get_grad_mode());
   numbers.add(c10::AutogradState::get_tls_state().get_fw_grad_mode());
   numbers.add(c10::AutogradState::get_tls_state().get_inference_mode());
@@ -114,7 +119,7 @@ inline void add_kind(Numbers& numbers, PyObject* object, bool is_input) {
   }
   const at::Tensor& tensor = unpack(object);
   numbers.add(reinterpret_cast<intptr_t>(Py_TYPE(object)));
-  numbers.add(static_cast<int64_t>(tensor.key_set().raw_repr()));
+  numbers.add(raw(tensor.key_set()));
   numbers.add(static_cast<int64_t>(tensor.scalar_type()));
   numbers.add(static_cast<int64_t>(tensor.device().index()));
   numbers.add(tensor.dim());
