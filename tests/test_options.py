@@ -26,8 +26,8 @@ def test_merge_options(key, arguments, expected):
 
 @pytest.mark.parametrize('key, arguments, message', [
     (True, {}, 'a name, a list of names or a dict, but got True'),
-    (dict(module='a'), {}, 'takes modules, mode, norm_eval, begin, but got '
-     'module'),
+    (dict(module='a'), {}, 'takes modules, mode, norm_eval, activations, begin, but '
+     'got module'),
     (dict(mode=1), {}, '`mode` must be a name, but got 1'),
     (None, dict(mode=True), '`mode` must be a name, but got True'),
 ])
