@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mmtune.attach import Hook, Override, TunedRepr, attach, overridden
+from mmtune.clamp import ClampFunction
 from mmtune.kinds import LayerKind, known_kind, patched, same_code
 from mmtune.runs import thread
 from mmtune.saved import (
@@ -47,15 +47,19 @@ class ActivationKind(LayerKind):
     """
 
     # Whether a node of its own runs in the place of the stock forward, and
-    # whether that keeps the output, so that nothing is made anew.
+    # whether the input is kept, of which the output is made anew.
     has_node = False
-    keeps_output = False
+    keeps_input = True
 
     def __init__(self, *functions: str) -> None:
         self.functions = functions
 
+    def serves(self, module: nn.Module) -> bool:
+        """Whether a module of this kind keeps more than one map in stock."""
+        return True
+
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Run the node, where there is one.
+        """Run the node, where there is one, and count what it spares.
 
         Args:
             module (nn.Module): An activation of this kind.
@@ -67,12 +71,21 @@ class ActivationKind(LayerKind):
         raise NotImplementedError
 
 
-class _Clamp(ActivationKind):
-    """``nn.Hardtanh``, ``nn.ReLU6``: the gradient follows from the output."""
+class _Elu(ActivationKind):
+    """Where it runs in place, autograd keeps its output alone."""
 
-    has_node = keeps_output = True
+    def serves(self, module):
+        return not module.inplace
+
+
+class _Clamp(ActivationKind):
+    """``nn.Hardtanh``, ``nn.ReLU6``: a bit an element is enough."""
+
+    has_node = True
+    keeps_input = False
 
     def run(self, module, x):
+        add_spared(x.nbytes - x.numel() // 8)
         return ClampFunction.apply(x, module.min_val, module.max_val,
                                    module.inplace)
 
@@ -84,6 +97,7 @@ class _Swish(ActivationKind):
     operators = ('sigmoid', )
 
     def run(self, module, x):
+        add_spared(x.nbytes)
         return SwishFunction.apply(x)
 
 
@@ -91,16 +105,16 @@ _TORCH = 'torch.nn.modules.activation'
 # Types of mmcv are named, not imported: mmtune works without.
 ACTIVATION_KINDS: dict[str, ActivationKind] = {
     f'{_TORCH}.Hardtanh': _Clamp('hardtanh'),
-    f'{_TORCH}.CELU': ActivationKind('celu'),
-    f'{_TORCH}.ELU': ActivationKind('elu'),
+    f'{_TORCH}.CELU': _Elu('celu'),
+    f'{_TORCH}.ELU': _Elu('elu'),
     f'{_TORCH}.GELU': ActivationKind('gelu'),
     f'{_TORCH}.Hardshrink': ActivationKind('hardshrink'),
     f'{_TORCH}.Hardsigmoid': ActivationKind('hardsigmoid'),
     f'{_TORCH}.Hardswish': ActivationKind('hardswish'),
-    f'{_TORCH}.LeakyReLU': ActivationKind('leaky_relu'),
+    f'{_TORCH}.LeakyReLU': _Elu('leaky_relu'),
     f'{_TORCH}.LogSigmoid': ActivationKind('logsigmoid'),
     f'{_TORCH}.Mish': ActivationKind('mish'),
-    f'{_TORCH}.SELU': ActivationKind('selu'),
+    f'{_TORCH}.SELU': _Elu('selu'),
     f'{_TORCH}.SiLU': ActivationKind('silu'),
     f'{_TORCH}.Softplus': ActivationKind('softplus'),
     f'{_TORCH}.Softshrink': ActivationKind('softshrink'),
@@ -126,8 +140,10 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
         ActivationKind | None: None for anything that must stay as it is.
     """
     kind, known = known_kind(type(module), ACTIVATION_KINDS)
-    same = same_code(type(module), known, '__call__', 'forward')
-    return kind if same and not overridden(module, 'forward') else None
+    if (kind is None or overridden(module, 'forward')
+            or not same_code(type(module), known, '__call__', 'forward')):
+        return None
+    return kind if kind.serves(module) else None
 
 
 class ActivationState:
@@ -165,8 +181,7 @@ class ActivationState:
         forward = type(module).forward
         if self.kind.has_node and _takes_node(module, x):
             forward = self.kind.run
-            add_spared(x.nbytes)
-            if self.kind.keeps_output:
+            if not self.kind.keeps_input:
                 self.ran = 'one map'
                 return forward(module, x)
         scope = current_scope()
@@ -185,27 +200,8 @@ class ActivationState:
 
 
 # --------------------------------------------------------------------------
-# Nodes of autograd
+# A node of autograd
 # --------------------------------------------------------------------------
-
-
-class ClampFunction(torch.autograd.Function):
-    """``hardtanh`` that keeps its output, and clones nothing in place."""
-
-    @staticmethod
-    def forward(ctx, x, low, high, inplace):
-        if inplace:
-            ctx.mark_dirty(x)
-        output = F.hardtanh(x, low, high, inplace)
-        ctx.save_for_backward(output)
-        ctx.range = low, high
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        output, = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grad, output,
-                                                *ctx.range), None, None, None
 
 
 class SwishFunction(torch.autograd.Function):
@@ -303,11 +299,16 @@ def find_activations(
         dict[str, nn.Module]: By name.
     """
     below = {module for root in roots for module in root.modules()}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if module in below and activation_kind(module) is not None
-    }
+    found: dict[str, nn.Module] = {}
+    parts: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in parts or activation_kind(module) is None:
+            continue
+        # What an activation is made of runs as a part of it.
+        parts.update(module.modules())
+        if module in below:
+            found[name] = module
+    return found
 
 
 def attach_activations(roots: Sequence[nn.Module],

@@ -68,7 +68,7 @@ class Report:
         if self.activations:
             count = len(self.activations)
             text += (f'; {count} activation{"s" * (count != 1)} to keep one '
-                     'map, and none that is called as a function')
+                     'map (those called as functions stay as they are)')
         reasons = Counter(row.reason for row in self.left_out)
         for reason, count in reasons.most_common():
             text += f'; {count} left out: {reason}'

@@ -311,7 +311,8 @@ class Scope:
     """Saved-tensor hooks, while a module runs.
 
     Attributes:
-        module (nn.Module): The outermost module that runs.
+        module (nn.Module, optional): The outermost module, as long as it
+            runs.
         frame (FrameType, optional): Where it was called, as long as it runs.
         depth (int): How many runs of the module itself are under way.
         call (Call, optional): The activation that runs.
@@ -321,7 +322,7 @@ class Scope:
 
     def __init__(self, module: nn.Module, frame: FrameType,
                  outer: tuple | None) -> None:
-        self.module = module
+        self.module: nn.Module | None = module
         self.frame: FrameType | None = frame
         self.depth = 1
         self.call: Call | None = None
@@ -333,6 +334,7 @@ class Scope:
         """Pack hook: keep a tensor, or how to make it anew."""
         if self.call is not None:
             return self.call.collect(tensor)
+        version = tensor._version
         if not tensor.is_leaf:
             base = tensor._base
             call = _CALLS.get(id(tensor if base is None else base))
@@ -341,7 +343,7 @@ class Scope:
                 return reader
             # An output that is kept with its history keeps itself alive.
             tensor = tensor.detach()
-        return self.keep(tensor), tensor._version
+        return self.keep(tensor), version
 
     def unpack(self, kept: Any) -> Tensor:
         """Unpack hook: give a tensor back, or make it."""
@@ -372,11 +374,20 @@ class Scope:
         return caller is not None
 
     def close(self) -> None:
-        """Take the hooks away."""
-        self.frame = None
-        # Else some of a user's are left there, as stock leaves them.
-        if self.is_innermost():
+        """Take the hooks away; what they gave may outlive the module."""
+        self.module = self.frame = None
+        # Those that the module has entered and left there stay.
+        inner = []
+        while not self.is_innermost():
+            hooks = _top_hooks(False) if _top_hooks else None
+            if hooks is None:
+                break
+            inner.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        else:
             self.hooks.__exit__()
+        for hooks in reversed(inner):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def current_scope() -> Scope | None:

@@ -35,6 +35,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "clamp.h"
 #include "guard.h"
 
 #include <algorithm>
@@ -1289,6 +1290,8 @@ Tensor fold_and_run(const Tensor& x, const Tensor& weight,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("fold_and_run",
              torch::wrap_pybind_function_no_gil(fold_and_run));
+  module.def("inside", torch::wrap_pybind_function_no_gil(mmtune::inside));
+  module.def("select", torch::wrap_pybind_function_no_gil(mmtune::select));
   module.def("like", mmtune::like);
   module.def("all_facts_hold", mmtune::all_facts_hold);
   module.def("unchanged", mmtune::unchanged);
