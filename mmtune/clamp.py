@@ -6,6 +6,8 @@ clamp works in place; the output, which readers often keep in any case, may be
 changed later. A bit an element is a 32nd of a map in float32, and is the
 clamp's own.
 """
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ class ClampFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, high, inplace):
+        """See ``torch.autograd.Function``."""
         ctx.layout = _layout(x)
         ctx.save_for_backward(inside(x, low, high, ctx.layout))
         if inplace:
@@ -38,6 +41,7 @@ class ClampFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """See ``torch.autograd.Function``."""
         bits, = ctx.saved_tensors
         return SelectFunction.apply(grad, bits, ctx.layout), None, None, None
 
@@ -47,12 +51,14 @@ class SelectFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, grad, bits, layout):
+        """See ``torch.autograd.Function``."""
         ctx.save_for_backward(bits)
         ctx.layout = layout
         return select(grad, bits, layout)
 
     @staticmethod
     def backward(ctx, grad):
+        """See ``torch.autograd.Function``."""
         bits, = ctx.saved_tensors
         return SelectFunction.apply(grad, bits, ctx.layout), None, None
 
@@ -115,7 +121,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(), ), (1, ))
 
 
-def _node(x: Tensor):
+def _node(x: Tensor) -> ModuleType | None:
     """The native node, where it has a loop for a tensor."""
     is_served = x.device.type == 'cpu' and x.dtype in (torch.float32,
                                                        torch.float64)

@@ -836,7 +836,7 @@ def conv_kind(conv_type: type) -> ConvKind | None:
     """
     kind, known = known_kind(conv_type, CONV_KINDS)
     if same_code(conv_type, known, '__call__', 'forward', '_conv_forward',
-                  '_output_padding', '_get_weight'):
+                 '_output_padding', '_get_weight'):
         return kind
     if type(kind) is _Convolution and same_code(conv_type, known, '__call__'):
         return _OWN_FORWARD
@@ -889,9 +889,18 @@ def _checks_input(norm_type: type) -> bool:
     return owner.__module__.partition('.')[0] not in _LIBRARIES
 
 
-def known_kind(cls: type,
-           kinds: dict[str, Kind]) -> tuple[Kind | None, type | None]:
-    """The nearest class with a kind that a class derives from."""
+def known_kind(
+        cls: type,
+        kinds: dict[str, Kind]) -> tuple[Kind | None, type | None]:
+    """Look up the nearest class with a kind that a class derives from.
+
+    Args:
+        cls (type): Class of a layer.
+        kinds (dict[str, Kind]): Kinds by the dotted names of classes.
+
+    Returns:
+        tuple[Kind | None, type | None]: The kind, and the class that has it.
+    """
     for known in cls.__mro__:
         kind = kinds.get(f'{known.__module__}.{known.__qualname__}')
         if kind is not None:
@@ -900,6 +909,16 @@ def known_kind(cls: type,
 
 
 def same_code(cls: type, known: type | None, *names: str) -> bool:
+    """Whether a class runs the code of one that is known.
+
+    Args:
+        cls (type): Class of a layer.
+        known (type, optional): From :func:`known_kind`.
+        *names (str): Methods that are to be the same.
+
+    Returns:
+        bool: True as well where neither has a method.
+    """
     return all(
         getattr(cls, name, None) is getattr(known, name, None)
         for name in names)

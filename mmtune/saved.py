@@ -86,8 +86,8 @@ class _Piece:
     """A tensor that an activation's own nodes keep.
 
     Attributes:
-        call (Call, optional): The activation's call, where it can make its
-            output anew.
+        call (Call): The activation's call, where it can make its output
+            anew; else None.
         index (int): The how manieth it is.
         kept (Tensor, optional): What is kept; None where it is made anew.
         version (int): Of the tensor.
@@ -97,7 +97,7 @@ class _Piece:
     __slots__ = ('call', 'computed', 'index', 'kept', 'version')
 
     def __init__(self, index: int, tensor: Tensor) -> None:
-        self.call: Call | None = None
+        self.call: Any = None
         self.index = index
         self.computed = not tensor.is_leaf
         self.kept: Any = tensor.detach() if self.computed else tensor
@@ -124,9 +124,13 @@ class Call:
         scope (Scope): Where it runs.
         module (nn.Module): The activation.
         x (Tensor): What it is called with.
+        remake (Callable): Gives the output anew for the module and its
+            input.
     """
 
-    def __init__(self, scope: 'Scope', module: nn.Module, x: Tensor) -> None:
+    def __init__(self, scope: 'Scope', module: nn.Module, x: Tensor,
+                 remake: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self.remake = remake
         self.scope = scope
         self.module: Any = module
         self.x: Any = x
@@ -174,8 +178,7 @@ class Call:
         self.drops = any(piece.kept is None for piece in pieces)
         self.y, self.version = self.scope.keep(source), source._version
         # What it is set to now, later may be another thing.
-        self.layer = object.__new__(type(module))
-        vars(self.layer).update(vars(module))
+        self.layer: Any = bare_copy(module)
         if output is x:
             vars(self.layer)['inplace'] = False
         self.output_ref = weakref.ref(output)
@@ -249,34 +252,37 @@ class Call:
     def _make(self) -> Tensor:
         y = self.scope.give(self.y)
         _check_version(y, self.version)
-        saved: list[Tensor] = []
-        layer = bare_copy(self.layer)
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor.detach())
-            return saved[-1]
-
-        with contextlib.ExitStack() as stack:
-            if self.autocast != _autocast_dtype(y.device.type):
-                stack.enter_context(
-                    torch.autocast(
-                        y.device.type,
-                        self.autocast,
-                        enabled=self.autocast is not None))
+        with self._as_then(y.device.type):
             if self.drops:
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(saved_tensors_hooks(pack, _same))
-                output = layer.forward(
-                    y.detach().requires_grad_()).detach()
+                self.output, self.saved = _run_and_keep(self.layer, y)
             else:
-                stack.enter_context(torch.no_grad())
-                output = layer.forward(y)
-        self.output, self.saved = output, saved
+                with torch.no_grad():
+                    self.output = self.remake(self.layer, y)
         if torch._C._current_graph_task_id() != -1:
             # Nothing else would end it where the graph is retained.
             torch.autograd.Variable._execution_engine.queue_callback(
                 functools.partial(_forget, weakref.ref(self)))
-        return output
+        return self.output
+
+    def _as_then(self, device_type: str) -> contextlib.AbstractContextManager:
+        """Autocast as it was in the forward."""
+        if self.autocast == _autocast_dtype(device_type):
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, self.autocast,
+                              enabled=self.autocast is not None)
+
+
+def _run_and_keep(layer: nn.Module, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run an activation, and collect what its nodes keep."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return saved[-1]
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, _same):
+        output = layer.forward(y.detach().requires_grad_())
+    return output.detach(), saved
 
 
 def _forget(reference: weakref.ref) -> None:
@@ -429,6 +435,7 @@ def enter_scope(module: nn.Module,
         found.close()
     if not _can_open():
         return
+    assert _top_hooks is not None, 'asked before'
     outer = _top_hooks(False)
     if outer is None or getattr(outer[0], '_tune_observes', False):
         _SCOPES[key] = Scope(module, sys._getframe(1), outer)
