@@ -13,7 +13,7 @@ from torch import nn
 from mmtune.activations import activation_runs
 from mmtune.api import FoldedNorm, NothingFound, latest_runs, turn_on
 from mmtune.collect_env import native_status
-from mmtune.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.options import CONFIG_KEY, merge_options
 from mmtune.registry import HOOKS
 from mmtune.report import Row
 from mmtune.saved import spared
@@ -50,13 +50,13 @@ class TuneModeHook(Hook):
             what the key says, or else ``'Tune'``.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
             None.
-        activations (bool, optional): See :func:`mmtune.turn_on`. Defaults to
-            None: what the key says, or else True.
         begin (int, optional): Epoch, counted from 0, from which BatchNorms
             are held in eval mode, so that their blocks are cheaper from then
             on; before, the modules run as in the config. For training from
             scratch, where statistics have to settle first. Defaults to None:
             nothing is changed in mid-run.
+        activations (bool, optional): See :func:`mmtune.turn_on`. Defaults to
+            None: what the key says, or else True.
 
     Example:
         >>> default_hooks = dict(
@@ -71,10 +71,14 @@ class TuneModeHook(Hook):
                  modules: str | Sequence[str] | None = None,
                  mode: str | None = None,
                  norm_eval: bool | None = None,
-                 activations: bool | None = None,
-                 begin: int | None = None) -> None:
+                 begin: int | None = None,
+                 activations: bool | None = None) -> None:
         self.arguments = dict(
-            zip(OPTIONS, (modules, mode, norm_eval, activations, begin)))
+            modules=modules,
+            mode=mode,
+            norm_eval=norm_eval,
+            begin=begin,
+            activations=activations)
         # What to turn on with held BatchNorms, and at which epoch.
         self._to_begin: tuple[dict, int] | None = None
         self._key_in_config: Any = None

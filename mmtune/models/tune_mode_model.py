@@ -49,10 +49,10 @@ class TuneModeModel(nn.Module):
         mode (str): See :func:`mmtune.turn_on`. Defaults to ``'Tune'``.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
             None.
-        activations (bool): See :func:`mmtune.turn_on`. Defaults to True.
         data_preprocessor (dict, optional): Goes to an architecture that has
             none; the Runner hands over the config's top-level key here.
             Defaults to None.
+        activations (bool): See :func:`mmtune.turn_on`. Defaults to True.
 
     Raises:
         ValueError: If ``mode`` is ``'Deploy'``, and for what
@@ -70,8 +70,8 @@ class TuneModeModel(nn.Module):
                 modules: str | Sequence[str] | None = None,
                 mode: str = 'Tune',
                 norm_eval: bool | None = None,
-                activations: bool = True,
-                data_preprocessor: dict | None = None) -> nn.Module:
+                data_preprocessor: dict | None = None,
+                activations: bool = True) -> nn.Module:
         """Build the architecture, not an instance of this class."""
         check_not_deploy(cls.__name__, mode)
         if data_preprocessor is not None:

@@ -277,6 +277,11 @@ def page(found: dict) -> str:
         is no BatchNorm to fold. MMEngine's rewrite traces the whole of what
         it is given, and here that is what a row names; of a detector it may
         take the backbone alone, as on the page [Table 4](table4.md).
+        """),
+        paragraph("""
+        Tune is the paper's here, with stock activations. What those save
+        besides when they keep one map, which is on unless one asks for stock
+        ones, is on the page [One map a block](../activations.md).
         """)
     ]
     for setting, size in sizes.items():
