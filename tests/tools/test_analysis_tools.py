@@ -109,7 +109,7 @@ def test_inspect_a_config(run, config, runs, learning):
     }
     assert found['activations'] == [
         name for name, module in stock.named_modules()
-        if isinstance(module, nn.SiLU)
+        if isinstance(module, (nn.SiLU, nn.Hardsigmoid))
     ]
     assert sorted(row['bn'] for row in found['blocks']) == sorted(norms)
     for row in found['blocks']:
