@@ -220,6 +220,8 @@ def measure_detector(name: str, image: tuple[int, int]) -> dict:
         :class:`mmtune.analysis.steps.StepMemory` says; and the bytes of the
         ``gradients``, which are in the peak.
     """
+    # MMEngine tells how every parameter was initialized.
+    MMLogger.get_instance('activations', log_level='ERROR')
     config = load_config(DETECTORS[name].config)
     torch.manual_seed(0)
     stock = build_model(config)
@@ -281,8 +283,6 @@ def main(arguments: list[str] | None = None) -> None:
                         metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--rounds', type=int, default=15)
     args = parser.parse_args(arguments)
-    # MMEngine tells how every parameter was initialized.
-    MMLogger.get_instance('activations', log_level='ERROR')
     found = measure(tuple(args.image), args.rounds)
     described = dict(
         command='python tests/benchmarks/activations.py --json '

@@ -24,8 +24,9 @@ def test_tune_keeps_least():
     stock, tuned = activations.TRAINING_MODES
     assert network['kept'][tuned] < .65 * network['kept'][stock]
     detector, = found['detectors']
-    for key in ('kept', 'peak'):
-        assert detector['steps'][tuned][key] < detector['steps'][stock][key]
+    # The peak of maps so small is in the weights.
+    assert (detector['steps'][tuned]['kept']
+            < .65 * detector['steps'][stock]['kept'])
     resident = {step['resident'] for step in detector['steps'].values()}
     assert len(resident) == 1 and 0 < detector['gradients'] < resident.pop()
 
