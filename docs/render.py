@@ -7,7 +7,7 @@ tests check that what is committed is what this writes.
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DOCS = Path(__file__).resolve().parent / 'en'
 DRAWING = DOCS / '_static' / 'block.svg'
@@ -143,6 +143,11 @@ DETECTORS = {
     'RetinaNet, ResNet-50': 'retinanet_r50_fpn',
 }
 
+# As tests/benchmarks/activations.py calls them; of training, the first is
+# stock.
+PAPERS_TUNE = 'Tune, stock activations'
+TRAINING_MODES = ('Train', 'Tune, BN trains')
+
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table in Markdown, with numbers to the right."""
@@ -171,7 +176,7 @@ def savings() -> str:
 
 def kept() -> str:
     """Write what a forward of each backbone keeps for backward."""
-    records = json.loads((DOCS / 'cost.json').read_text())
+    records = figures('cost.json')
     record, = (r for r in records
                if r['benchmark'] == 'kept' and r['device'] == 'CPU')
     modes = ('Eval', 'MMEngine', 'Tune', 'Deploy')
@@ -183,7 +188,7 @@ def kept() -> str:
 
 def combinations() -> str:
     """Write what Tune mode does together with other ways to save memory."""
-    measured = json.loads((DOCS / 'combinations.json').read_text())
+    measured = figures('combinations.json')
     found = measured['found']
     height, width = found['image']
     rows = [(row['other'], row['mode'], mib(row['kept']), mib(row['peak']),
@@ -196,6 +201,86 @@ def combinations() -> str:
             f'\n\n`{measured["command"]}` on {measured["cpu"]} '
             f'({measured["cores"]} cores), threads: {measured["threads"]}; '
             f'torch {measured["torch"]}; rounds: {found["rounds"]}.')
+
+
+def activations_kept() -> str:
+    """Write what forwards keep where activations keep one map."""
+    measured = figures('activations.json')
+    modes = ('Eval', 'Deploy', PAPERS_TUNE, 'Tune')
+    rows = []
+    for row in measured['found']['networks']:
+        bytes_kept, aims = row['kept'], measured['aims']['networks'][
+            row['name']]
+        rows.append((row['name'], *(mib(bytes_kept[mode]) for mode in modes),
+                     judged(bytes_kept['Tune'] / bytes_kept['Eval'],
+                            aims['of_eval']),
+                     judged(bytes_kept['Tune'] / bytes_kept['Deploy'],
+                            aims['of_deploy'])))
+    chain = measured['found']['chain']['kept']
+    eight = ('eight blocks with SiLU', *(mib(chain[mode]) for mode in modes),
+             judged(chain['Tune'] / chain['Eval']),
+             judged(chain['Tune'] / chain['Deploy']))
+    return table(('network', *modes, 'Tune / Eval', 'Tune / Deploy'),
+                 [*rows, eight])
+
+
+def activations_in_training() -> str:
+    """Write what forwards keep where BatchNorms train."""
+    measured = figures('activations.json')
+    return table(
+        ('network', 'stock', 'Tune', 'Tune / stock'),
+        [(row['name'], *(mib(row['kept'][mode]) for mode in TRAINING_MODES),
+          judged(row['kept'][TRAINING_MODES[1]] / row['kept']['Train'],
+                 measured['aims']['networks'][row['name']]['of_train']))
+         for row in measured['found']['networks']])
+
+
+def activations_of_detectors() -> str:
+    """Write what steps of detectors take where BatchNorms train."""
+    measured = figures('activations.json')
+    height, width = measured['found']['image']
+    rows = []
+    for row in measured['found']['detectors']:
+        stock, tuned = (row['steps'][mode] for mode in TRAINING_MODES)
+        saved, aim = 1 - tuned['peak'] / stock['peak'], (
+            measured['aims']['detectors'][row['name']])
+        verdict = 'met' if saved >= aim else 'missed'
+        rows.append((row['name'],
+                     *(mib(step['kept']) for step in (stock, tuned)),
+                     *(mib(step['peak']) for step in (stock, tuned)),
+                     f'{saved:.0%} (at least {aim:.0%}: {verdict})'))
+    return (f'2 x 3 x {height} x {width}, in MiB.\n\n' + table(
+        ('detector', 'kept, stock', 'kept, Tune', 'peak, stock', 'peak, Tune',
+         'saved of the peak'), rows))
+
+
+def activations_time() -> str:
+    """Write how long a step takes where activations keep one map."""
+    measured = figures('activations.json')
+    found, slowest = measured['found'], measured['aims']['slowest']
+    named = [*((row['name'], row['time']) for row in found['networks']),
+             ('eight blocks with SiLU', found['chain']['time'])]
+    return table(
+        ('network', 'time / with stock activations', 'quartiles'),
+        [(name, judged(median, slowest), f'{low:.2f}-{high:.2f}')
+         for name, (low, median, high) in named])
+
+
+def activations_origin() -> str:
+    """Write what the figures of the page on activations come from."""
+    measured = figures('activations.json')
+    return (f'`{measured["command"]}` on {measured["cpu"]} '
+            f'({measured["cores"]} cores), threads: {measured["threads"]}; '
+            f'torch {measured["torch"]}; rounds: '
+            f'{measured["found"]["rounds"]}; commit {measured["commit"]}.')
+
+
+def judged(value: float, most: float | None = None) -> str:
+    """Write a ratio, and whether it is as small as it was aimed at."""
+    if most is None:
+        return f'{value:.2f}'
+    verdict = 'met' if value <= most else 'missed'
+    return f'{value:.2f} (at most {most:.2f}: {verdict})'
 
 
 def mib(n_bytes: int | None) -> str:
@@ -219,11 +304,23 @@ def saving(name: str, modes: dict) -> tuple[str, ...]:
 
 def read(name: str) -> dict:
     """Read what a reproduction found."""
-    return json.loads((DOCS / name).read_text())['found']
+    return figures(name)['found']
+
+
+def figures(name: str) -> Any:
+    """Read a file of figures."""
+    return json.loads((DOCS / name).read_text())
 
 
 # What a page has between `<!-- NAME -->` and `<!-- end of NAME -->`.
 TABLES = {
+    'activations.md': {
+        'kept': activations_kept,
+        'train': activations_in_training,
+        'detectors': activations_of_detectors,
+        'time': activations_time,
+        'origin': activations_origin,
+    },
     'comparison.md': {'kept': kept, 'combinations': combinations},
     'index.md': {'savings': savings},
 }

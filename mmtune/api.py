@@ -11,7 +11,10 @@ from mmtune.arguments import (
     check_norm_eval,
     select,
 )
-from mmtune.behaviours.activation import attach_activations, find_activations
+from mmtune.behaviours.activation import (
+    attach_activations,
+    find_activations,
+)
 from mmtune.behaviours.blocks import BlockState, Pair, attach_block
 from mmtune.behaviours.buffers import ConvBuffers
 from mmtune.behaviours.convolution import attach_conv

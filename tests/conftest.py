@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmtune.behaviours import convolution
+from mmtune.behaviours.layers import convolution
 
 
 def pytest_addoption(parser):

@@ -22,15 +22,16 @@ class ToyClassifier(BaseModel):
     Args:
         norm_eval (bool): Whether ``train()`` leaves the backbone's BNs in
             eval mode, as backbones of MMDetection do.
+        act (str): Class of the activation between the backbone's blocks.
     """
 
-    def __init__(self, norm_eval=True, data_preprocessor=None):
+    def __init__(self, norm_eval=True, data_preprocessor=None, act='ReLU'):
         super().__init__(data_preprocessor)
         torch.manual_seed(0)
         self.norm_eval = norm_eval
         self.backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8),
+            getattr(nn, act)(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
         self.neck = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
         self.head = nn.Linear(8, 2)
         randomize(self)

@@ -86,7 +86,8 @@ def data_options(size, batch_size):
 
 def build_runner(mode, seed=0, epochs=3, lr=1e-4, size=64, batch_size=32,
                  weights='checkpoints/mobilenet_v2_imagenet.pth',
-                 work_dir='work_dirs/digits', log_level='INFO'):
+                 work_dir='work_dirs/digits', log_level='INFO',
+                 activations=True):
     """Set up a run, which ``train()`` starts."""
     return Runner(
         # A dict, which the Runner builds after it has set the seed.
@@ -104,7 +105,8 @@ def build_runner(mode, seed=0, epochs=3, lr=1e-4, size=64, batch_size=32,
             type='mmtune.TuneModeHook',
             modules=['backbone'],
             mode=mode,
-            norm_eval=mode != 'train')],
+            norm_eval=mode != 'train',
+            activations=activations)],
         default_hooks=dict(logger=dict(type='LoggerHook', interval=10)),
         log_level=log_level,
         randomness=dict(seed=seed))

@@ -10,10 +10,12 @@ from mmtune.api import turn_on
 from mmtune.arguments import select
 from mmtune.report import Report
 
-__all__ = ['MODES', 'put_in_mode', 'randomize_new_norms']
+__all__ = ['MODES', 'PAPERS_TUNE', 'put_in_mode', 'randomize_new_norms']
 
+# Tune mode as it is in the paper, which leaves activations as they are.
+PAPERS_TUNE = 'Tune, stock activations'
 # 'MMEngine' is Eval mode with MMEngine's own rewrite of the paper's idea.
-MODES = ('Train', 'Eval', 'MMEngine', 'Tune', 'Deploy')
+MODES = ('Train', 'Eval', 'MMEngine', PAPERS_TUNE, 'Tune', 'Deploy')
 
 
 def put_in_mode(model: nn.Module,
@@ -30,7 +32,7 @@ def put_in_mode(model: nn.Module,
             BatchNorms it is about. Defaults to None: the whole model.
 
     Returns:
-        Report: Of Tune and Deploy, else None.
+        Report: Of Tune, in both of its ways, and Deploy; else None.
 
     Raises:
         ValueError: For another mode, if a name in ``modules`` does not
@@ -54,6 +56,8 @@ def put_in_mode(model: nn.Module,
             module.eval()
     if mode == 'MMEngine':
         _rewrite_by_mmengine(parts)
+    if mode == PAPERS_TUNE:
+        return turn_on(model, modules=modules, activations=False)
     if mode in ('Tune', 'Deploy'):
         return turn_on(model, mode, modules=modules)
     return None

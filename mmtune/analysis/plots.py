@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmtune.analysis.blocks import Block
+from mmtune.analysis.modes import PAPERS_TUNE
 from mmtune.analysis.scales import POWERS
 
 __all__ = ['plot_blocks', 'plot_scales', 'plot_steps']
@@ -16,6 +17,7 @@ MODE_COLORS = {
     'Train': 'tab:gray',
     'Eval': 'tab:blue',
     'MMEngine': 'tab:orange',
+    PAPERS_TUNE: 'tab:cyan',
     'Tune': 'tab:green',
     'Deploy': 'tab:red'
 }

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmtune.behaviours.blocks import COMPILING, thread
-from mmtune.behaviours.convolution import inside_transform, why_not_defer
+from mmtune.behaviours.convolution import (
+    inside_transform,
+    why_not_defer,
+)
 from mmtune.behaviours.deferred import (
     DeferredConv,
     inside_autograd_function,

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmtune.analysis import peak_on
+from mmtune.behaviours.remade import spared
 from mmtune.registry import HOOKS
 from mmtune.utils.attach import Hook as OwnHook
 
@@ -28,10 +29,10 @@ class StepMemoryHook(Hook):
       gradients, but not parameters and optimizer state. Counted tensor by
       tensor on the CPU, by the allocator on a GPU
       (:func:`mmtune.analysis.peak_on`);
-    - ``train/spared_memory``: the feature maps that the fused blocks of that
-      step do not keep for backward, and Eval mode would. Those inside of an
-      activation checkpoint count too, though there Eval does not keep them
-      until the backward.
+    - ``train/spared_memory``: the feature maps that the fused blocks and the
+      activations of that step do not keep for backward, and Eval mode would.
+      Those inside of an activation checkpoint count too, though there Eval
+      does not keep them until the backward.
 
     The first step is measured too, and the log says then what is spared.
     Between measured steps MMEngine logs the latest values again. On the CPU a
@@ -91,33 +92,37 @@ class StepMemoryHook(Hook):
                 del model.train_step
             else:
                 model.train_step = own
-            with _spared_bytes(model) as spared, peak_on(device) as peak:
+            before = spared()
+            with _spared_by_blocks(model) as maps, peak_on(device) as peak:
                 outputs = stock(*args, **kwargs)
-            peak_mib, spared_mib = peak() / MIB, sum(spared) / MIB
+            peak_mib, by_blocks = peak() / MIB, sum(maps) / MIB
+            by_activations = (spared() - before) / MIB
             hub = runner.message_hub
             hub.update_scalar('train/peak_memory', peak_mib)
-            hub.update_scalar('train/spared_memory', spared_mib)
+            hub.update_scalar('train/spared_memory',
+                              by_blocks + by_activations)
             if is_first:
                 runner.logger.info(
                     f'A step takes {peak_mib:.1f} MiB at its peak; fused '
-                    f'blocks spare it {spared_mib:.1f} MiB that Eval mode '
-                    'would keep for backward')
+                    f'blocks spare it {by_blocks:.1f} MiB and activations '
+                    f'{by_activations:.1f} MiB that Eval mode would keep for '
+                    'backward')
             return outputs
 
         model.train_step = train_step
 
 
 @contextlib.contextmanager
-def _spared_bytes(model: nn.Module) -> Iterator[list[int]]:
+def _spared_by_blocks(model: nn.Module) -> Iterator[list[int]]:
     """Collect the sizes of the maps that fused blocks do not keep."""
-    spared: list[int] = []
+    maps: list[int] = []
 
     def add(norm: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         # A checkpoint runs the forward again, in the backward.
         in_backward = torch._C._current_graph_task_id() != -1
         if (norm._tune_norm.ran == 'fused' and output.requires_grad
                 and not in_backward):
-            spared.append(output.nbytes)
+            maps.append(output.nbytes)
 
     # One of a user's would keep the block from fusing.
     hook = OwnHook(add)
@@ -126,7 +131,7 @@ def _spared_bytes(model: nn.Module) -> Iterator[list[int]]:
         if '_tune_norm' in vars(module)
     ]
     try:
-        yield spared
+        yield maps
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,5 @@
 """Put a Runner's model into one of the paper's modes, by config."""
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +11,18 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmtune.api import NothingFound, latest_runs, turn_on
+from mmtune.behaviours.activation import activation_runs
+from mmtune.behaviours.remade import spared
 from mmtune.collect_env import native_status
 from mmtune.deploy import FoldedNorm
-from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.engine.options import CONFIG_KEY, merge_options
 from mmtune.registry import HOOKS
 from mmtune.report import Row
 from mmtune.version import __version__
 
 __all__ = ['TuneModeHook']
 
+MIB = 2**20
 # They hold the model as `module` though MMEngine may not register them.
 WRAPPERS = (BaseTTAModel, nn.DataParallel,
             nn.parallel.DistributedDataParallel)
@@ -52,6 +56,8 @@ class TuneModeHook(Hook):
             on; before, the modules run as in the config. For training from
             scratch, where statistics have to settle first. Defaults to None:
             nothing is changed in mid-run.
+        activations (bool, optional): See :func:`mmtune.turn_on`. Defaults to
+            None: what the key says, or else True.
 
     Example:
         >>> default_hooks = dict(
@@ -66,14 +72,21 @@ class TuneModeHook(Hook):
                  modules: str | Sequence[str] | None = None,
                  mode: str | None = None,
                  norm_eval: bool | None = None,
-                 begin: int | None = None) -> None:
+                 begin: int | None = None,
+                 activations: bool | None = None) -> None:
         self.arguments = dict(
-            zip(OPTIONS, (modules, mode, norm_eval, begin)))
+            modules=modules,
+            mode=mode,
+            norm_eval=norm_eval,
+            begin=begin,
+            activations=activations)
         # What to turn on with held BatchNorms, and at which epoch.
         self._to_begin: tuple[dict, int] | None = None
         self._key_in_config: Any = None
         self._pending_deploy: dict | None = None
         self._reported = False
+        # What activations had spared before the first iteration, in bytes.
+        self._spared = 0
         # Of the table that the log shows already.
         self._rows: list[Row] = []
 
@@ -157,12 +170,26 @@ class TuneModeHook(Hook):
         """See :meth:`before_train`."""
         self._weights_are_loaded(runner)
 
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Note what was spared before the first iteration.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            batch_idx (int): Unused.
+            data_batch (optional): Unused.
+        """
+        if not self._reported:
+            self._spared = spared()
+
     def after_train_iter(self,
                          runner: Runner,
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: dict | None = None) -> None:
-        """Log after the first iteration what really was fused.
+        """Log after the first iteration what really was fused and spared.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -172,8 +199,9 @@ class TuneModeHook(Hook):
         """
         if not self._reported:
             self._reported = True
-            _log_runs(runner, _unwrapped(runner.model),
-                      expect_folds=self._to_begin is None)
+            model = _unwrapped(runner.model)
+            _log_activations(runner, model, spared() - self._spared)
+            _log_runs(runner, model, expect_folds=self._to_begin is None)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Hold the BatchNorms, where it is time to.
@@ -271,14 +299,21 @@ def _check_can_deploy(runner: Runner) -> None:
 
 
 @master_only
+def _log_activations(runner: Runner, model: nn.Module, n_bytes: int) -> None:
+    counts = Counter(activation_runs(model).values())
+    if counts:
+        runner.logger.info(
+            f'Activations in the first iteration: {_list(counts)}; they spare '
+            f'{n_bytes / MIB:.1f} MiB that stock ones would keep for backward')
+
+
+@master_only
 def _log_runs(runner: Runner, model: nn.Module, expect_folds: bool) -> None:
     runs = latest_runs(model)
     if not runs:
         return
-    counts = Counter(runs.values())
-    runner.logger.info(
-        'Blocks in the first iteration: ' +
-        ', '.join(f'{count} {how}' for how, count in counts.most_common()))
+    runner.logger.info('Blocks in the first iteration: '
+                       f'{_list(Counter(runs.values()))}')
     replaced = [name for name, how in runs.items() if how == 'replaced']
     if replaced:
         runner.logger.warning(
@@ -288,9 +323,16 @@ def _log_runs(runner: Runner, model: nn.Module, expect_folds: bool) -> None:
             'priority is VERY_HIGH')
     in_train_mode = [name for name, how in runs.items() if how == 'train mode']
     if in_train_mode and expect_folds:
-        runner.logger.warning(
+        # Where activations keep less, that may be all that was hoped for.
+        gains = 'one map' in activation_runs(model).values()
+        runner.logger.log(
+            logging.INFO if gains else logging.WARNING,
             f'{len(in_train_mode)} of {len(runs)} blocks ran as stock since '
-            'their BatchNorm is in train mode, which Tune mode cannot make '
-            f'cheaper (the first is {in_train_mode[0]!r}); to fine-tune with '
+            'their BatchNorm is in train mode, which cannot be folded '
+            f'(the first is {in_train_mode[0]!r}); to fine-tune with '
             'fixed statistics, set norm_eval=True in the backbone or '
             f'add it to {CONFIG_KEY}=dict(...)')
+
+
+def _list(counts: Counter) -> str:
+    return ', '.join(f'{count} {how}' for how, count in counts.most_common())

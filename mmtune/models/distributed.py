@@ -30,6 +30,7 @@ class TuneModeDistributedDataParallel(MMDistributedDataParallel):
             :func:`mmtune.turn_on`. Defaults to ``'Tune'``.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`. Defaults to
             None.
+        activations (bool): See :func:`mmtune.turn_on`. Defaults to True.
         **kwargs: Of ``MMDistributedDataParallel``. ``device_ids`` is ignored
             for a model on the CPU, where it may not be given.
 
@@ -48,9 +49,10 @@ class TuneModeDistributedDataParallel(MMDistributedDataParallel):
                  modules: str | Sequence[str] | None = None,
                  mode: str = 'Tune',
                  norm_eval: bool | None = None,
+                 activations: bool = True,
                  **kwargs: Any) -> None:
         check_not_deploy(type(self).__name__, mode)
-        turn_on(module, mode=mode, modules=modules, norm_eval=norm_eval)
+        turn_on(module, mode, modules, norm_eval, activations)
         if next(module.parameters()).device.type == 'cpu':
             kwargs.pop('device_ids', None)
         super().__init__(module=module, **kwargs)

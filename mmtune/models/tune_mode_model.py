@@ -52,6 +52,7 @@ class TuneModeModel(nn.Module):
         data_preprocessor (dict, optional): Goes to an architecture that has
             none; the Runner hands over the config's top-level key here.
             Defaults to None.
+        activations (bool): See :func:`mmtune.turn_on`. Defaults to True.
 
     Raises:
         ValueError: If ``mode`` is ``'Deploy'``, and for what
@@ -69,7 +70,8 @@ class TuneModeModel(nn.Module):
                 modules: str | Sequence[str] | None = None,
                 mode: str = 'Tune',
                 norm_eval: bool | None = None,
-                data_preprocessor: dict | None = None) -> nn.Module:
+                data_preprocessor: dict | None = None,
+                activations: bool = True) -> nn.Module:
         """Build the architecture, not an instance of this class."""
         check_not_deploy(cls.__name__, mode)
         if data_preprocessor is not None:
@@ -79,7 +81,6 @@ class TuneModeModel(nn.Module):
         if not is_distributed():
             # A Runner does it later, and would replace what is rewritten.
             model = revert_sync_batchnorm(model)
-        report = turn_on(
-            model, mode=mode, modules=modules, norm_eval=norm_eval)
+        report = turn_on(model, mode, modules, norm_eval, activations)
         print_log(f'{report.mode} mode:\n{report}', logger='current')
         return model

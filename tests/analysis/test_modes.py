@@ -7,8 +7,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmtune import turn_on
-from mmtune.analysis.modes import MODES, put_in_mode, randomize_new_norms
+from mmtune.analysis.modes import (
+    MODES,
+    PAPERS_TUNE,
+    put_in_mode,
+    randomize_new_norms,
+)
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from mmtune.deploy import FoldedNorm
 from tests.oracle import randomize
 from tests.toy import ToyClassifier, conv_bns
@@ -30,12 +36,13 @@ def test_the_model_trains_but_for_its_norms(mode):
             assert module.training
         elif not isinstance(module, FoldedNorm):
             assert module.training == (mode == 'Train')
-    assert (report is not None) == (mode in ('Tune', 'Deploy'))
+    assert (report is not None) == (mode in ('Tune', PAPERS_TUNE, 'Deploy'))
     if report:
-        assert report.mode == mode and len(report.rewritten) == 2
+        assert report.mode == mode.split(',')[0]
+        assert len(report.rewritten) == 2
 
 
-@pytest.mark.parametrize('mode', ['MMEngine', 'Tune', 'Deploy'])
+@pytest.mark.parametrize('mode', ['MMEngine', PAPERS_TUNE, 'Tune', 'Deploy'])
 def test_the_modes_compute_what_eval_does(mode):
     torch.testing.assert_close(in_mode(mode)[0](X), in_mode('Eval')[0](X))
 
@@ -51,12 +58,21 @@ def test_tune_runs_folded():
     assert latest_runs(model) == {'1': 'fused', '4': 'fused'}
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_activations_keep_one_map_in_tune_alone(mode):
+    model, _ = in_mode(mode, ToyClassifier(act='SiLU'), ['backbone'])
+    model(X, torch.zeros(2, dtype=torch.long))
+    assert activation_runs(model) == (
+        {'backbone.2': 'one map'} if mode == 'Tune' else {})
+
+
 def test_what_mmengine_raises_is_passed_on():
     with pytest.raises(torch.fx.proxy.TraceError):
         in_mode('MMEngine', ToyClassifier())
 
 
-@pytest.mark.parametrize('mode', ['Train', 'Eval', 'Tune', 'Deploy'])
+@pytest.mark.parametrize('mode', ['Train', 'Eval', PAPERS_TUNE, 'Tune',
+                                  'Deploy'])
 @pytest.mark.parametrize('norm_eval', [True, False])
 def test_switches_of_backbones_follow(mode, norm_eval):
     model, _ = in_mode(mode, ToyClassifier(norm_eval))

@@ -80,8 +80,8 @@ PYTHON = 'Tune, Python path'
 REWRITES: dict[str, Callable[[nn.Module], object]] = {
     'Eval': lambda model: None,
     'MMEngine': turn_on_efficient_conv_bn_eval_for_single_model,
-    'Tune': turn_on,
-    PYTHON: turn_on,
+    'Tune': partial(turn_on, activations=False),
+    PYTHON: partial(turn_on, activations=False),
     'Deploy': partial(turn_on, mode='Deploy'),
 }
 MODES = tuple(REWRITES)
@@ -817,7 +817,9 @@ BatchNorms are in eval mode:
 - Eval: the stock model;
 - MMEngine: `mmengine.model.efficient_conv_bn_eval` on it. Where it raises,
   the table has the name of the exception;
-- Tune: `mmtune.turn_on(model)`, with the native node;
+- Tune: `mmtune.turn_on(model, activations=False)`, with the native node. That
+  is the fold alone, as in the paper and in Deploy; what activations spare
+  besides has [a page of its own](activations.md);
 - Tune, Python path: the same where there is no native node;
 - Deploy: `mmtune.turn_on(model, mode='Deploy')`.
 

@@ -15,6 +15,10 @@ MODULES = dict(modules=['backbone'])
     (dict(mode=None), {}, dict(mode='Tune')),
     (['backbone'], dict(modules=None, begin=3),
      dict(MODULES, mode='Tune', begin=3)),
+    (dict(activations=False), dict(activations=None),
+     dict(mode='Tune', activations=False)),
+    (dict(activations=False), dict(activations=True),
+     dict(mode='Tune', activations=True)),
     (dict(modules='neck', norm_eval=True), dict(MODULES, norm_eval=False),
      dict(MODULES, mode='Tune', norm_eval=False)),
 ])
@@ -26,8 +30,8 @@ def test_merge_options(key, arguments, expected):
 
 @pytest.mark.parametrize('key, arguments, message', [
     (True, {}, 'a name, a list of names or a dict, but got True'),
-    (dict(module='a'), {}, 'takes modules, mode, norm_eval, begin, but got '
-     'module'),
+    (dict(module='a'), {}, 'takes modules, mode, norm_eval, activations, '
+     'begin, but got module'),
     (dict(mode=1), {}, '`mode` must be a name, but got 1'),
     (None, dict(mode=True), '`mode` must be a name, but got True'),
 ])

@@ -12,7 +12,7 @@ from mmtune import native
 from mmtune.analysis import peak_bytes
 from mmtune.api import turn_on
 from mmtune.hooks import StepMemoryHook, step_memory_hook
-from mmtune.hooks.step_memory_hook import _spared_bytes
+from mmtune.hooks.step_memory_hook import _spared_by_blocks
 from tests import toy
 
 MIB = 2**20
@@ -50,6 +50,19 @@ def test_measures_each_interval(interval, steps, tune, tmp_path):
     rounding = 1e-5 if tune and native.node() else 0
     assert toy.losses(runner) == pytest.approx(
         toy.losses(plain), rel=rounding, abs=0)
+
+
+def test_activations_spare_too(tmp_path):
+    runner = toy.build_runner(
+        tmp_path, custom_hooks=hooks(3), default_hooks=toy.TUNE,
+        model=dict(type='ToyClassifier', act='SiLU'),
+        efficient_conv_bn_eval=dict(modules=['backbone']))
+    runner.train()
+    by_activation = 4 * 2 * 8 * 6 * 6
+    assert set(history(runner, 'spared_memory')) == {
+        (SPARED + by_activation) / MIB
+    }
+    assert 'MiB and activations 0.0 MiB that' in toy.logged(runner)
 
 
 def test_measuring_changes_nothing_in_python(tmp_path, monkeypatch):
@@ -91,9 +104,9 @@ def test_a_checkpoint_is_counted_once(reentrant):
         checkpoint(model, x, use_reentrant=reentrant).sum().backward()
 
     step()
-    with _spared_bytes(model) as spared:
+    with _spared_by_blocks(model) as spared:
         step()
-    with _spared_bytes(model) as plain:
+    with _spared_by_blocks(model) as plain:
         model(x)
     assert sum(spared) == (0 if reentrant else sum(plain))
     assert sum(plain) > 0

@@ -11,8 +11,10 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from mmtune.collect_env import native_status
 from mmtune.deploy import FoldedNorm
+from mmtune.hooks import tune_mode_hook
 from mmtune.hooks.tune_mode_hook import _unwrapped
 from tests import toy
 from tests.toy import TUNE, build_runner, logged, losses
@@ -67,6 +69,10 @@ WAYS = {
         ]),
     'BNs in train mode': dict(
         model=dict(type='ToyClassifier', norm_eval=False)),
+    'activations': dict(
+        validate=True, model=dict(type='ToyClassifier', act='SiLU')),
+    'activations, BNs in train mode': dict(
+        model=dict(type='ToyClassifier', act='SiLU', norm_eval=False)),
     'iterations': dict(
         validate=True,
         train_cfg=dict(by_epoch=False, max_iters=6, val_interval=2),
@@ -173,9 +179,11 @@ WRONG = {
     'no names of a dict': (dict(modules=[]), {}, 'at least one submodule'),
     'no names': (None, dict(modules=[]), '`modules` must name at least one'),
     'typo in an option': (dict(modul=['backbone']), {},
-                          'norm_eval, begin, but got modul'),
+                          'activations, begin, but got modul'),
     'typo in the mode': (dict(mode='Tunes'), {}, "but got 'Tunes'"),
     'mode of a wrong type': (dict(mode=1), {}, '`mode` must be a name'),
+    'activations of a wrong type': (dict(activations='SiLU'), {},
+                                    '`activations` must be True or False'),
     'wrong argument': (None, dict(modules='bakbone'),
                        "`modules` names 'bakbone'"),
     'a switch for a name': (False, {}, 'must be a name, a list of names'),
@@ -257,6 +265,46 @@ def test_log_says_whether_there_is_a_native_node(tmp_path):
 def test_log_does_not_warn_without_need(tmp_path):
     runner = train(tmp_path, default_hooks=TUNE, **{KEY: ['backbone']})
     assert 'ran as stock' not in logged(runner)
+
+
+# The activation's output, in bytes, for the toy's batch of two.
+MAP = 4 * 2 * 8 * 6 * 6
+
+
+@pytest.mark.parametrize('key, arguments, is_on', [
+    (None, {}, True),
+    (dict(activations=False), {}, False),
+    (dict(activations=False), dict(activations=True), True),
+    (dict(activations=True), dict(activations=False), False),
+    (dict(mode='Eval'), {}, False),
+])
+def test_activations_by_key_and_argument(key, arguments, is_on, tmp_path,
+                                         monkeypatch):
+    monkeypatch.setattr(tune_mode_hook, 'MIB', 1)
+    runner = train(
+        tmp_path,
+        model=dict(type='ToyClassifier', act='SiLU'),
+        default_hooks=dict(
+            tune_mode=dict(type='mmtune.TuneModeHook', **arguments)),
+        **({} if key is None else {KEY: key}))
+    ran = {'backbone.2': 'one map'} if is_on else {}
+    assert activation_runs(runner.model) == ran
+    said = ('Activations in the first iteration: 1 one map; they spare '
+            f'{MAP:.1f} MiB')
+    assert logged(runner).count(said) == is_on
+
+
+@pytest.mark.parametrize('act, level', [('SiLU', 'INFO'),
+                                        ('ReLU', 'WARNING')])
+def test_norms_that_train_are_no_mistake_where_activations_gain(
+        act, level, tmp_path):
+    runner = train(
+        tmp_path,
+        model=dict(type='ToyClassifier', act=act, norm_eval=False),
+        default_hooks=TUNE)
+    line, = (line for line in logged(runner).splitlines()
+             if '3 of 3 blocks ran as stock since their BatchNorm' in line)
+    assert f' - {level} - ' in line
 
 
 @HOOKS.register_module()

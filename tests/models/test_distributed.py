@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS
-from torch import nn
+from torch import distributed, nn
 
 from mmtune import turn_on
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from mmtune.models import TuneModeDistributedDataParallel
 from tests import toy
 from tests.oracle import randomize
@@ -124,6 +125,23 @@ def test_model_wrapper_cfg_of_a_runner(tmp_path):
         assert set(runs.values()) == {'fused'}
     state = torch.load(tmp_path / 'epoch_2.pth')['state_dict']
     toy.ToyClassifier().load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize('arguments, ran', [
+    ({}, {'backbone.2': 'one map'}), (dict(activations=False), {})])
+def test_activations(arguments, ran, tmp_path):
+    stock = toy.ToyClassifier(act='SiLU').double().eval()
+    expected = gradients(stock, *batch())
+    distributed.init_process_group(
+        'gloo', f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        wrapped = TuneModeDistributedDataParallel(stock, **arguments)
+        found = gradients(wrapped, *batch())
+    finally:
+        distributed.destroy_process_group()
+    assert activation_runs(stock) == ran
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f'module.{name}'], value)
 
 
 def test_deploy_is_refused():

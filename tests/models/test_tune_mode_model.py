@@ -3,6 +3,7 @@ import torch
 from mmengine.registry import MODELS
 
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from tests import toy
 from tests.toy import build_runner, losses
 
@@ -28,6 +29,15 @@ def test_builds_the_architecture_in_a_mode(arguments, blocks):
     model.load_state_dict(stock.state_dict(), strict=True)
     stock.load_state_dict(model.state_dict(), strict=True)
     assert model.backbone[0].weight.shape == (8, 3, 3, 3)
+
+
+@pytest.mark.parametrize('arguments, is_on', [
+    ({}, True), (dict(activations=False), False), (dict(mode='Eval'), False)])
+def test_activations(arguments, is_on):
+    model = MODELS.build(
+        dict(type='mmtune.TuneModeModel', architecture=dict(TOY, act='SiLU'),
+             **arguments))
+    assert list(activation_runs(model)) == ['backbone.2'] * is_on
 
 
 def test_steps_equal_those_of_the_architecture():

@@ -11,6 +11,7 @@ import mmcv
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmtune.analysis.plots import BLOCK_COLORS, MODE_COLORS
@@ -106,6 +107,10 @@ def test_inspect_a_config(run, config, runs, learning):
         for name, module in stock.named_modules()
         if isinstance(module, _BatchNorm)
     }
+    assert found['activations'] == [
+        name for name, module in stock.named_modules()
+        if isinstance(module, (nn.SiLU, nn.Hardsigmoid))
+    ]
     assert sorted(row['bn'] for row in found['blocks']) == sorted(norms)
     for row in found['blocks']:
         norm, conv = norms[row['bn']], stock.get_submodule(row['conv'])
@@ -419,7 +424,8 @@ def test_diagnose_a_checkpoint_without_statistics(run):
 # benchmark_modes.py
 # ----------------------------------------------------------------------------
 
-MODES = ['Train', 'Eval', 'MMEngine', 'Tune', 'Deploy']
+PAPERS_TUNE = 'Tune, stock activations'
+MODES = ['Train', 'Eval', 'MMEngine', PAPERS_TUNE, 'Tune', 'Deploy']
 TREES = CONFIGS / 'trees/retinanet_mobilenet-v2_fpn_tune-250i_trees.py'
 TINY = ['--shape', '64', '96', '--batch-size', '2']
 
@@ -467,6 +473,20 @@ def test_benchmark_a_config(run, config, blocks, momenta):
         assert modes['Tune']['off_eval']['gradient'] < 1e-4
     for mode, color in MODE_COLORS.items():
         assert shows('plots/modes.png', color), mode
+
+
+def test_benchmark_stock_activations(run):
+    found, shown = run('benchmark_modes', TREES, *TINY, '--modules',
+                       'backbone', '--modes', 'tune-stock-activations',
+                       'tune', '--rounds', '0', '--plot', 'a.png')
+    papers, tune = found['modes'][PAPERS_TUNE], found['modes']['Tune']
+    assert papers['blocks'] == tune['blocks'] == dict(fused=52)
+    assert papers['activations'] == {}
+    assert tune['activations'] == {'one map': 35}
+    assert tune['kept'] < papers['kept']
+    assert tune['off_eval']['gradient'] < 1e-4
+    assert PAPERS_TUNE in shown and '35 one map' in shown
+    assert shows('a.png', MODE_COLORS[PAPERS_TUNE])
 
 
 def test_benchmark_adversarial_examples(run):

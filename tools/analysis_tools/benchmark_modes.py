@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from mmtune.analysis.steps import Step, difference, has_bfloat16_kernels
 from mmtune.analysis.timing import interleaved_seconds, quartiles
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from mmtune.report import Report
 
 MIB = 2**20
 COLUMNS = ('mode', 'kept MiB', 'peak MiB', 'resident MiB', 'peak / Eval',
            'seconds', 'time / Eval', 'loss off Eval', 'gradient off Eval',
-           'gradient off float64', 'blocks')
+           'gradient off float64', 'blocks', 'activations')
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,7 +86,7 @@ class Benchmark:
 
         Returns:
             dict: Bytes, the loss, how far that and the gradient are from
-                Eval's, and how the blocks ran.
+                Eval's, and how the blocks and the activations ran.
         """
         with stage(f'{mode}: count the bytes of a step, compare it'):
             model, report = self._stock.in_mode(mode)
@@ -109,7 +110,8 @@ class Benchmark:
             loss=finite(outcome.loss),
             off_eval=compare(outcome, self._eval),
             off_float64=compare(outcome, self._exact),
-            blocks=count_runs(model, report))
+            blocks=count_runs(model, report),
+            activations=dict(Counter(activation_runs(model).values())))
 
     def measure_exact(self) -> None:
         """Run Eval in float64, for the modes to be compared with."""
@@ -257,7 +259,8 @@ def make_row(mode: str, found: dict, stock_peak: int | None) -> list[str]:
         show_difference(found['off_eval']['loss']),
         show_difference(found['off_eval']['gradient']),
         show_difference(found['off_float64']['gradient']),
-        ', '.join(f'{n} {how}' for how, n in found['blocks'].items()) or '-'
+        *(', '.join(f'{n} {how}' for how, n in found[key].items()) or '-'
+          for key in ('blocks', 'activations'))
     ]
 
 

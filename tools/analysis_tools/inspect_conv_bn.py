@@ -2,7 +2,8 @@
 
 Takes a config, whose mode is shown, or a PyTorch model with --model. Reads no
 data and loads no weights. A block in Tune mode whose BatchNorm is in train
-mode runs as stock.
+mode runs as stock. Activations that are to keep one map are counted, and named
+in the file of --json.
 """
 import argparse
 import copy
@@ -175,6 +176,7 @@ def main() -> None:
             source=args.config or args.model,
             options=options,
             totals=totals,
+            activations=report.activations,
             blocks=[dict(asdict(block), runs=block.runs)
                     for block in blocks]))
     write_plot(args.plot, 'plot_blocks', blocks)

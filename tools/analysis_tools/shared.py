@@ -151,7 +151,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         help='path of the config of a detector, or such as '
         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
     add_arguments(parser)
-    names = [mode.lower() for mode in MODES]
+    names = [option_of(mode) for mode in MODES]
     parser.add_argument(
         '--modes',
         nargs='+',
@@ -202,8 +202,20 @@ def parse_step_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a GPU that torch can use, but '
                      f'torch {torch.__version__} finds none')
-    args.modes = [mode for mode in MODES if mode.lower() in args.modes]
+    args.modes = [mode for mode in MODES if option_of(mode) in args.modes]
     return args
+
+
+def option_of(mode: str) -> str:
+    """Name a mode as the command line does.
+
+    Args:
+        mode (str): One of ``MODES``.
+
+    Returns:
+        str: In lower case, its words joined by hyphens.
+    """
+    return mode.lower().replace(',', '').replace(' ', '-')
 
 
 def positive(text: str) -> int:

@@ -19,7 +19,6 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.steps import Step
 from mmtune.analysis.timing import interleaved_seconds, quartiles
 from mmtune.analysis.workloads import Workload
@@ -29,6 +28,7 @@ from reproductions.material import (
     fetch_trees,
     fetch_weights,
     pretrained_classifier,
+    put_in_paper_mode,
 )
 from reproductions.pages import mib, paragraph, table, track
 
@@ -70,7 +70,7 @@ class Target:
     def variant(self, mode: str, dtype: torch.dtype) -> nn.Module:
         """A copy in a mode whose parameters do not learn."""
         model = copy.deepcopy(self.model).to(dtype)
-        put_in_mode(model, mode, ['backbone'])
+        put_in_paper_mode(model, mode, ['backbone'])
         return model.requires_grad_(False)
 
 
@@ -138,7 +138,7 @@ def detector(batches: int, iterations: int, batch_size: int) -> Target:
     config.model.backbone.init_cfg.checkpoint = weights
     model = MODELS.build(config.model)
     model.init_weights()
-    put_in_mode(model, 'Eval', ['backbone'])
+    put_in_paper_mode(model, 'Eval', ['backbone'])
     train(model, config, batches, iterations)
 
     loader = config.val_dataloader.to_dict()

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmtune.analysis.modes import put_in_mode, randomize_new_norms
+from mmtune.analysis.modes import randomize_new_norms
 from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import (
@@ -19,7 +19,7 @@ from mmtune.analysis.workloads import (
     detection_workload,
     image_workload,
 )
-from reproductions.material import in_processes
+from reproductions.material import in_processes, put_in_paper_mode
 from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory across architectures'
@@ -178,7 +178,7 @@ def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
         return dict(error=NO_NORM)
     model = copy.deepcopy(stock)
     try:
-        report = put_in_mode(model, mode)
+        report = put_in_paper_mode(model, mode)
     except Exception as error:  # MMEngine's rewrite raises of many classes
         return dict(error=type(error).__name__)
     taken = dataclasses.asdict(Step(model, workload).memory())
@@ -277,6 +277,11 @@ def page(found: dict) -> str:
         is no BatchNorm to fold. MMEngine's rewrite traces the whole of what
         it is given, and here that is what a row names; of a detector it may
         take the backbone alone, as on the page [Table 4](table4.md).
+        """),
+        paragraph("""
+        Tune is the paper's here, with stock activations. What those save
+        besides when they keep one map, which is on unless one asks for stock
+        ones, is on the page [One map a block](../activations.md).
         """)
     ]
     for setting, size in sizes.items():

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune.analysis import peak_bytes
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
-from mmtune.behaviours import convolution
+from mmtune.behaviours.layers import convolution
 from reproductions.material import (
     fetch_weights,
     in_processes,
     measure_in_turns,
+    put_in_paper_mode,
 )
 from reproductions.pages import (
     CONFIDENCE,
@@ -90,6 +90,7 @@ def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
         lr=lr,
         work_dir=f'{work_dir}/{lr:g}-{seed}',
         log_level='WARNING',
+        activations=False,
         **settings)
     runner.train()
     accuracy = runner.message_hub.get_scalar('val/accuracy').current()
@@ -111,7 +112,7 @@ class DigitsStep:
         torch.manual_seed(0)
         self.model = finetune_digits.Classifier(weights)
         self.model.init_weights()
-        put_in_mode(self.model, mode, ['backbone'])
+        put_in_paper_mode(self.model, mode, ['backbone'])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.batch = finetune_digits.load_data(size)[0][:batch_size]
 
@@ -166,7 +167,7 @@ def count_training(mode: str, batch_size: int, size: int,
     """
     with peak_bytes() as memory, torch.device(device):
         model = ResNet50Classifier(classes=200)
-        put_in_mode(model, mode, ['backbone'])
+        put_in_paper_mode(model, mode, ['backbone'])
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
         images = torch.ones(batch_size, 3, size, size)
         labels = torch.zeros(batch_size, dtype=torch.long)

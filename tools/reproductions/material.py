@@ -14,9 +14,10 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmtune.analysis import peak_bytes
-from mmtune.analysis.modes import put_in_mode
+from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
-from mmtune.behaviours import convolution
+from mmtune.behaviours.layers import convolution
+from mmtune.report import Report
 from reproductions.pages import Item, track
 
 
@@ -69,6 +70,23 @@ def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
     return data[:count]
 
 
+def put_in_paper_mode(model: nn.Module,
+                      mode: str,
+                      modules: Sequence[str] | None = None) -> Report | None:
+    """Put a model into a mode as the paper has it, with stock activations.
+
+    Args:
+        model (nn.Module): A stock model.
+        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
+        modules (Sequence[str], optional): Names of submodules. Defaults to
+            None: the whole model.
+
+    Returns:
+        Report: See :func:`mmtune.analysis.modes.put_in_mode`.
+    """
+    return put_in_mode(model, PAPERS_TUNE if mode == 'Tune' else mode, modules)
+
+
 def put_in_folding_mode(model: nn.Module, mode: str) -> None:
     """Put a model into a mode, in which Tune folds however small a map is.
 
@@ -77,7 +95,7 @@ def put_in_folding_mode(model: nn.Module, mode: str) -> None:
         mode (str): One of :data:`mmtune.analysis.modes.MODES`.
     """
     with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
-        put_in_mode(model, mode)
+        put_in_paper_mode(model, mode)
 
 
 def in_processes(function: Callable[..., Item],

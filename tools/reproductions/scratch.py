@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune import turn_on
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
 from mmtune.api import latest_runs
-from reproductions.material import in_processes, measure_in_turns
+from reproductions.material import (
+    in_processes,
+    measure_in_turns,
+    put_in_paper_mode,
+)
 from reproductions.pages import mean_spread, mib, paragraph, table
 
 TITLE = 'Training from scratch'
@@ -177,7 +180,7 @@ def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
     for mode in ('Train', 'Eval', 'Tune'):
         torch.manual_seed(0)
         model = SmallResNet()
-        put_in_mode(model, mode, ['backbone'])
+        put_in_paper_mode(model, mode, ['backbone'])
 
         def step(model=model):
             model.zero_grad()

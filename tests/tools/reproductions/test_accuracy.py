@@ -46,6 +46,8 @@ def test_each_mode_is_what_its_name_says():
         key = config.get('efficient_conv_bn_eval')
         assert (key.mode if key else None) == (
             mode if mode in ('Tune', 'Deploy') else None)
+        if mode == 'Tune':
+            assert key.activations is False
         assert config.randomness.seed == 5
         assert training.threads == (2 if 'threads' in mode else 1)
     folders = {training.folder for training, _ in configs.values()}

@@ -3,6 +3,7 @@ import pytest
 import torch
 from reproductions import material
 
+from mmtune.behaviours.activation import activation_runs
 from tests.oracle import runs
 from tests.tools.synthetic import fill
 
@@ -49,6 +50,14 @@ def test_digits():
     assert sorted(set(labels.tolist())) == list(range(10))
     # A test that shares images with the training would say nothing.
     assert not any(torch.equal(a, b) for a in images for b in others)
+
+
+@pytest.mark.parametrize('put', [material.put_in_paper_mode,
+                                 material.put_in_folding_mode])
+def test_activations_are_stock_as_in_the_paper(place, put):
+    model = material.pretrained_classifier()
+    put(model, 'Tune')
+    assert runs(model) and activation_runs(model) == {}
 
 
 @pytest.mark.small_maps
