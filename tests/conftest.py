@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 
 
 def pytest_addoption(parser):

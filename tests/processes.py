@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 
 
 def _free_port():

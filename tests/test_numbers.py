@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmtune import native, turn_on
+from mmtune.behaviours import folding
 from mmtune.behaviours.calls import call_of
 from mmtune.behaviours.folding import (
     HALF_CHECK_INTERVAL,
     FoldablePair,
     HalfRange,
 )
-from mmtune.behaviours.layers import folding
 from mmtune.functional.fold import fold_and_run_norm
 from mmtune.layers.convolutions import conv_kind
 from tests.oracle import runs, stock_copy

@@ -3,7 +3,7 @@
 Each module that calls convolutions or normalizations itself is traced with
 torch.fx, its children as leaves; a whole detector never is. A trace need not
 be the only way through the forward, because a pair is only a candidate: what
-really runs is decided at each call (see :mod:`mmtune.behaviours.layers`).
+really runs is decided at each call (see :mod:`mmtune.behaviours`).
 """
 import math
 from collections import Counter

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from mmtune import native, turn_off, turn_on
+from mmtune.behaviours import normalization
 from mmtune.behaviours.known import Memory
-from mmtune.behaviours.layers import normalization
 from tests.oracle import assert_equal_steps, randomize, runs, step
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.timing import quartiles
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 from reproductions.material import (
     fetch_weights,
     in_processes,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmtune.analysis import peak_bytes
 from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 from mmtune.report import Report
 from reproductions.pages import Item, track
 

@@ -9,7 +9,7 @@ from mmengine.logging import MMLogger
 from reproductions import architectures
 from reproductions.architectures import CLASSIFICATION, DETECTION, WHOLE
 
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 MIB = 2**20

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reproductions import scratch
 
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 

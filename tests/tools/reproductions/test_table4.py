@@ -11,7 +11,7 @@ from mmengine import fileio
 from mmengine.config import Config
 from reproductions import table4
 
-from mmtune.behaviours.layers import convolution
+from mmtune.behaviours import convolution
 from tests.tools.synthetic import in_turn
 
 MIB = 2**20
