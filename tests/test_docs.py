@@ -274,7 +274,9 @@ def test_every_way_of_an_activation_has_a_row():
 def test_every_activation_has_a_row():
     cells = ' '.join(row[0] for row in rows_of('activations.md', 'class'))
     assert {*re.findall(r'`(?:nn\.)?(\w+)`', cells)} >= {
+        # Snippets of pages add theirs.
         name.rpartition('.')[2] for name in ACTIVATION_KINDS
+        if name.startswith(('torch.', 'mmcv.'))
     }
 
 
