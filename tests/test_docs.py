@@ -16,6 +16,7 @@ from mmengine.config import Config
 from torch import distributed, nn
 
 import mmtune
+from mmtune.activations import ACTIVATION_KINDS, activation_runs
 from mmtune.api import latest_runs
 from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
 from mmtune.registry import HOOKS, MODEL_WRAPPERS, MODELS
@@ -262,6 +263,21 @@ def test_every_way_to_run_has_a_row():
     rows = rows_of('troubleshooting.md', 'it says')
     ways = re.findall("``'([a-z ]+)'``", inspect.getdoc(latest_runs))
     assert sorted(row[0].strip('*') for row in rows) == sorted(ways)
+
+
+def test_every_way_of_an_activation_has_a_row():
+    rows = rows_of('troubleshooting.md', 'an activation')
+    ways = re.findall("``'([a-z ]+)'``", inspect.getdoc(activation_runs))
+    assert ways and {row[0].strip('*') for row in rows} >= {*ways}
+
+
+def test_every_activation_has_a_row():
+    cells = ' '.join(row[0] for row in rows_of('activations.md', 'class'))
+    assert {*re.findall(r'`(?:nn\.)?(\w+)`', cells)} >= {
+        # Snippets of pages add theirs.
+        name.rpartition('.')[2] for name in ACTIVATION_KINDS
+        if name.startswith(('torch.', 'mmcv.'))
+    }
 
 
 def test_reasons_are_those_of_the_report():
