@@ -12,6 +12,7 @@ from mmtune.arguments import (
     select,
 )
 from mmtune.behaviours.activation import (
+    activation_runs,
     attach_activations,
     find_activations,
 )
@@ -26,7 +27,9 @@ from mmtune.matching.pairs import OWN_OPTION, Matches, find_pairs, norms_of
 from mmtune.report import Report, Row
 from mmtune.utils.attach import detach
 
-__all__ = ['NothingFound', 'latest_runs', 'turn_off', 'turn_on']
+__all__ = [
+    'NothingFound', 'activation_runs', 'latest_runs', 'turn_off', 'turn_on'
+]
 
 
 class NothingFound(ValueError):

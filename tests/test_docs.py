@@ -16,9 +16,10 @@ from mmengine.config import Config
 from torch import distributed, nn
 
 import mmtune
-from mmtune.activations import ACTIVATION_KINDS, activation_runs
 from mmtune.api import latest_runs
+from mmtune.behaviours.activation import activation_runs
 from mmtune.engine.options import CONFIG_KEY, OPTIONS, merge_options
+from mmtune.layers.activations import ACTIVATION_KINDS
 from mmtune.registry import HOOKS, MODEL_WRAPPERS, MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,7 +283,7 @@ def test_every_activation_has_a_row():
 
 def test_reasons_are_those_of_the_report():
     code = ''.join(
-        path.read_text() for path in sorted((ROOT / 'mmtune').glob('*.py')))
+        path.read_text() for path in sorted((ROOT / 'mmtune').rglob('*.py')))
     # Strings that go on in the next line.
     code = re.sub(r"""['"]\n\s*f?['"]""", '', code)
     for reason, *_ in rows_of('troubleshooting.md', 'reason'):
