@@ -5,7 +5,7 @@ from torch import nn
 
 __all__ = [
     'MODES', 'check_activations', 'check_mode', 'check_module',
-    'check_norm_eval', 'select'
+    'check_norm_eval', 'check_training_options', 'select'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
@@ -48,6 +48,25 @@ def check_activations(activations: bool) -> None:
     if not isinstance(activations, bool):
         raise ValueError('`activations` must be True or False, but got '
                          f'{activations!r}')
+
+
+def check_training_options(mode: str, norm_eval: bool | None,
+                           activations: bool) -> None:
+    """Raise a ValueError for what a callback cannot turn on in a training.
+
+    Args:
+        mode (str): Not Deploy, which changes keys of checkpoints.
+        norm_eval (bool, optional): See :func:`mmtune.turn_on`.
+        activations (bool): See :func:`mmtune.turn_on`.
+    """
+    name = check_mode(mode)
+    check_norm_eval(name, norm_eval)
+    check_activations(activations)
+    if name == 'Deploy':
+        raise ValueError(
+            "`mode` must not be 'Deploy' in a callback, since it folds for "
+            'good and changes the keys of checkpoints; call '
+            "mmtune.turn_on(model, 'Deploy') on the loaded model yourself")
 
 
 def select(model: nn.Module,

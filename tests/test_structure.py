@@ -14,7 +14,7 @@ ORDER = (
     ('arguments', 'behaviours', 'matching', 'report'),
     ('api', 'deploy'),
     ('analysis', 'collect_env', 'engine', 'registry'),
-    ('hooks', 'models'),
+    ('hooks', 'huggingface', 'lightning', 'models'),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
