@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist worksteal
 
-.PHONY: env demo test test-core test-all reproduce lint docs wheel clean
+.PHONY: env demo test test-core test-callbacks test-all reproduce lint docs wheel clean
 
 env:
 	@$(PYTHON) requirements/install.py
@@ -41,6 +41,16 @@ else
 test-core: env
 	$(PYTEST) -m 'not slow and not exhaustive' $(CORE)
 endif
+
+# The callbacks, with Lightning and Hugging Face's Trainer themselves.
+CALLBACKS_VENV = build/callbacks
+test-callbacks:
+	$(PYTHON) -m venv $(CALLBACKS_VENV)
+	$(CALLBACKS_VENV)/bin/python -m pip install --quiet \
+	    pytest pytest-xdist hypothesis --editable '.[lightning,huggingface]'
+	$(subst .venv,$(CALLBACKS_VENV),$(PYTEST)) \
+	    tests/integrations/test_lightning.py \
+	    tests/integrations/test_huggingface.py
 
 test-all: env
 	$(PYTEST)

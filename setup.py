@@ -99,6 +99,9 @@ setup(
             'scipy',
             'tensorboard',
         ],
+        # The callbacks `mmtune.lightning` and `mmtune.huggingface`.
+        'lightning': ['lightning>=2.4'],
+        'huggingface': ['accelerate', 'transformers>=4.50'],
         # The detectors of `python -m mmtune.analysis.device`.
         'device': ['torchvision'],
         'lint': ['mypy', 'ruff'],

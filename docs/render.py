@@ -203,6 +203,26 @@ def combinations() -> str:
             f'torch {measured["torch"]}; rounds: {found["rounds"]}.')
 
 
+def libraries() -> str:
+    """Write what a step of other libraries' models saves."""
+    measured = figures('libraries.json')
+    rows = [(row['name'], row['package'],
+             f'{row["batch"]} x 3 x {row["size"]} x {row["size"]}',
+             *(mib(row[mode][figure]) for figure in ('kept', 'peak')
+               for mode in ('Eval', 'Tune')),
+             '{1:.2f} ({0:.2f}-{2:.2f})'.format(*row['time']))
+            for row in measured['found']['rows']]
+    versions = ', '.join(f'{name} {version}' for name, version in
+                         measured['packages'].items())
+    return table(
+        ('model', 'library', 'images', 'kept, Eval', 'kept, Tune',
+         'peak, Eval', 'peak, Tune', 'time / Eval'), rows) + (
+        f'\n\n`{measured["command"]}` on {measured["cpu"]} '
+        f'({measured["cores"]} cores), threads: {measured["threads"]}; torch '
+        f'{measured["torch"]}, {versions}; rounds: '
+        f'{measured["found"]["rounds"]}; commit {measured["commit"]}.')
+
+
 def activations_kept() -> str:
     """Write what forwards keep where activations keep one map."""
     measured = figures('activations.json')
@@ -323,6 +343,7 @@ TABLES = {
     },
     'comparison.md': {'kept': kept, 'combinations': combinations},
     'index.md': {'savings': savings},
+    'libraries.md': {'libraries': libraries},
 }
 
 
