@@ -1,0 +1,29 @@
+"""pytorchcv: the smallest networks in which every class of module occurs."""
+import torch
+from torch import nn
+
+from tests.sweeps.libraries import images, representatives
+
+REQUIREMENTS = ('pytorchcv==0.0.74', )
+ALONE = ()
+SIZES = (64, 128, 224, 299, 512)
+
+
+def names() -> list[str]:
+    from pytorchcv import model_provider
+    return representatives(sorted(model_provider._models), build)
+
+
+def build(name: str) -> nn.Module:
+    from pytorchcv.model_provider import get_model
+    return get_model(name, pretrained=False)
+
+
+def inputs(name: str, model: nn.Module, size: int) -> tuple:
+    channels = next(module.in_channels for module in model.modules()
+                    if isinstance(module, (nn.Conv1d, nn.Conv2d)))
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()) and (
+            not any(isinstance(module, nn.Conv2d)
+                    for module in model.modules())):
+        return torch.randn(2, channels, size), torch.tensor([size, size])
+    return images(size, channels),

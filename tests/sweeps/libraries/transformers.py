@@ -1,0 +1,86 @@
+"""Hugging Face transformers: the models that keep running statistics.
+
+With the defaults of their configs, but for at most two layers of transformer.
+"""
+import importlib
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.sweeps.libraries import images, representatives
+
+REQUIREMENTS = ('transformers==5.24.0', 'timm==1.0.31', 'torchvision==0.28.0')
+ALONE = ()
+SIZES = (64, 128, 224, 256, 384)
+
+LAYERS = ('num_hidden_layers', 'encoder_layers', 'decoder_layers',
+          'num_layers')
+# What a config leaves open.
+SETTINGS = {
+    'Beit': dict(out_indices=[0, 1, 2, 3], num_hidden_layers=4),
+    'Data2Vec': dict(out_indices=[1, 2, 3, 4], num_hidden_layers=4),
+    'Emu3VQVAE': dict(base_channels=32),
+    'Informer': dict(prediction_length=4),
+    'PatchTST': dict(num_input_channels=3),
+    'Wav2Vec2Conformer': dict(vocab_size=10),
+}
+AUDIO = 'input_features'
+
+
+def names() -> list[str]:
+    import transformers
+    root = Path(transformers.__file__).parent / 'models'
+    files = [path.relative_to(root).with_suffix('')
+             for path in sorted(root.glob('*/modeling_*.py'))
+             if re.search('BatchNorm|running_mean', path.read_text())]
+    found = []
+    for file in files:
+        module = importlib.import_module(
+            f'transformers.models.{file.parent}.{file.stem}')
+        found += [name for name in module.__all__
+                  if hasattr(getattr(module, name), 'config_class')
+                  and not name.endswith('PreTrainedModel')]
+    return representatives(found, build)
+
+
+def build(name: str) -> nn.Module:
+    import transformers
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError('transformers does not export it')
+    config = kind.config_class(**next(
+        (value for key, value in SETTINGS.items() if name.startswith(key)),
+        {}))
+    for part in (config, *vars(config).values()):
+        for layers in LAYERS:
+            number = getattr(part, layers, None)
+            if isinstance(number, int) and 'out_indices' not in vars(part):
+                setattr(part, layers, min(number, 2))
+    return kind(config)
+
+
+def inputs(name: str, model: nn.Module, size: int) -> tuple:
+    config = model.config
+    kind = model.main_input_name
+    if name.startswith(('EfficientLoFTR', 'SuperGlue')):
+        return torch.randn(2, 2, 3, size, size),
+    if kind == 'pixel_values':
+        channels = next(module.in_channels for module in model.modules()
+                        if isinstance(module, nn.Conv2d))
+        return images(size, channels),
+    if kind == 'input_values':
+        return torch.randn(2, 4000),
+    if kind == 'past_values':
+        return torch.randn(2, config.context_length,
+                           config.num_input_channels),
+    if kind == 'input_features' and name.startswith('Clap'):
+        return torch.randn(2, 1, 1001, 64), torch.tensor([[False], [False]])
+    if kind == 'input_features':
+        bins = next(module.in_features for module in model.modules()
+                    if isinstance(module, nn.Linear))
+        bins = getattr(getattr(config, 'encoder_config', config),
+                       'num_mel_bins', bins)
+        return torch.randn(2, size, bins),
+    return torch.randint(1, 10, (2, 12)),
