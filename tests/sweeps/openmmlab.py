@@ -4,7 +4,6 @@ from collections.abc import Callable
 from unittest import mock
 
 import mmcv
-import torch
 from torch import distributed, nn
 
 from tests import zoo
@@ -38,21 +37,16 @@ def functions(package: str,
             sys.modules.update({name: mock.MagicMock() for name in absent})
             with mock.patch.object(mmcv, '__version__', told):
                 zoo.registry(package)
-        return {str(part): part for part in zoo.collect(package).normalized
-                if part.role in roles}
+        return {str(part): part for part in zoo.collect(package).normalized}
 
     def names() -> list[str]:
-        return list(parts())
+        return [str(part) for part in zoo.sample(
+            [part for part in parts().values() if part.role in roles])]
 
     def build(name: str) -> nn.Module:
         return zoo.build(parts()[name])
 
     def inputs(name: str, model: nn.Module, size: int) -> tuple:
-        part = parts()[name]
-        first = next((m for m in model.modules()
-                      if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-        if part.role == 'backbone' and isinstance(first, nn.Conv3d):
-            return torch.randn(2, first.in_channels, 8, size, size),
-        return zoo.inputs(part, model, size)
+        return zoo.inputs(parts()[name], model, size)
 
     return names, build, inputs

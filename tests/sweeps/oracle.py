@@ -117,8 +117,9 @@ def compare(library: ModuleType,
             tell: Callable[[str], None] = lambda doing: None) -> Outcome:
     """Compare a step of a network in Tune mode with the stock one's.
 
-    In float64: outputs, every gradient, buffers, and the random state that is
-    left. The network is in train mode, its normalizations in eval mode.
+    In float64: outputs, the gradients of parameters and of the first argument,
+    buffers, and the random state that is left. The network is in train mode,
+    its normalizations in eval mode.
 
     Args:
         library (ModuleType): One of ``tests.sweeps.libraries``.
@@ -229,9 +230,12 @@ def in_float64(value: Any) -> Any:
 
 def whole_step(model: nn.Module, args: tuple,
                calls: BatchNormCalls) -> dict[str, Any]:
-    """A step that is watched, and the random state after it."""
+    """A step that is watched, and the random state after it.
+
+    The first argument gets a gradient; the others may be targets.
+    """
     values, structure = tree_flatten(args)
-    places = [i for i, value in enumerate(values)
+    places = [i for i, value in enumerate(tree_leaves(args[0]))
               if isinstance(value, Tensor) and value.is_floating_point()]
 
     def call(_, inputs):

@@ -1,4 +1,4 @@
-"""MMDetection: every backbone, neck and head of its configs."""
+"""MMDetection: parts of its configs in which every class of module occurs."""
 from tests.sweeps import openmmlab
 
 REQUIREMENTS = ('mmdet==3.3.0', )

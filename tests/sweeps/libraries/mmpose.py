@@ -1,4 +1,4 @@
-"""MMPose: every backbone, neck and head of its configs."""
+"""MMPose: parts of its configs in which every class of module occurs."""
 from tests.sweeps import openmmlab
 
 REQUIREMENTS = ('json-tricks==3.17.3', 'munkres==3.0.0', 'torchvision==0.28.0')

@@ -1,4 +1,4 @@
-"""MMYOLO: every backbone, neck and head of its configs."""
+"""MMYOLO: parts of its configs in which every class of module occurs."""
 from tests.sweeps import openmmlab
 
 REQUIREMENTS = ('prettytable==3.18.0', 'torchvision==0.28.0')

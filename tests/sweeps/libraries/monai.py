@@ -4,7 +4,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-REQUIREMENTS = ('monai==1.6.1', )
+REQUIREMENTS = ('monai==1.6.1', 'einops==0.8.2', 'torchvision==0.28.0')
 ALONE = ()
 SIZES = (32, 64, 96, 128)
 
@@ -40,10 +40,6 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
             **channels, norm_type='batch'),
         'MILModel': lambda: nets.MILModel(
             num_classes=2, pretrained=False, backbone='resnet18'),
-        'MedNeXtS': lambda: nets.MedNeXtS(
-            2, 3, 2, norm_type='batch'),
-        'Quicknat': lambda: nets.Quicknat(
-            num_classes=2, num_channels=3, num_filters=8),
         'RegUNet': lambda: nets.RegUNet(2, 3, 4, 3, out_channels=2),
         'resnet10, 3D': lambda: nets.resnet10(
             spatial_dims=3, n_input_channels=1),
@@ -59,7 +55,8 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
             3, 2, (64, 64), feature_size=4, hidden_size=48, mlp_dim=96,
             num_heads=4, norm_name='batch', spatial_dims=2),
         'VNet': lambda: nets.VNet(
-            **channels, dropout_prob_up=(0.5, 0.5)),
+            spatial_dims=2, in_channels=1, out_channels=2,
+            dropout_prob_up=(0.5, 0.5)),
     }
 
 

@@ -48,6 +48,8 @@ def build(name: str) -> nn.Module:
         model = models.get_model(name, **options)
     if is_detector(model) and not name.startswith('ssd'):
         model.transform.min_size, model.transform.max_size = (128, ), 160
+    if hasattr(model, 'roi_heads'):
+        model.roi_heads.fg_bg_sampler.batch_size_per_image = 32
     return model
 
 
@@ -60,7 +62,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     if is_detector(model):
         return list(images(size)), [target(size) for _ in range(2)]
     if name.startswith('raft'):
-        return images(max(size, 128)), images(max(size, 128))
+        return images(size // 8 * 8), images(size // 8 * 8)
     if not name.startswith((FROZEN, GRAPH)) and (
             '.video.' in get_model_builder(name).__module__):
         return torch.randn(2, 3, 16, size, size),

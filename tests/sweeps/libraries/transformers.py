@@ -24,9 +24,16 @@ SETTINGS = {
     'Emu3VQVAE': dict(base_channels=32),
     'Informer': dict(prediction_length=4),
     'PatchTST': dict(num_input_channels=3),
+    'PerceiverForImageClassificationConvProcessing': dict(
+        num_cross_attention_heads=1),
+    'TimmBackbone': dict(backbone='resnet18', use_pretrained_backbone=False),
     'Wav2Vec2Conformer': dict(vocab_size=10),
 }
-AUDIO = 'input_features'
+WITHOUT_DEFAULTS = ('Emu3ForConditionalGeneration', 'Emu3Model',
+                    'PerceiverForImageClassificationFourier',
+                    'PerceiverForMultimodalAutoencoding',
+                    'PerceiverForOpticalFlow', 'PPOCRV5ServerDet',
+                    'PPOCRV6MediumDet', 'Sapiens2', 'UVDocBridge', 'VitMatte')
 
 
 def names() -> list[str]:
@@ -50,6 +57,8 @@ def build(name: str) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ValueError('transformers does not export it')
+    if name.startswith(WITHOUT_DEFAULTS):
+        raise ValueError('its config has no defaults that build it')
     config = kind.config_class(**next(
         (value for key, value in SETTINGS.items() if name.startswith(key)),
         {}))
