@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import re
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / 'docs' / 'en' / 'sweeps.json'
 # A network that takes longer is left out, with that as the reason.
 SECONDS = 240
+MOST_BYTES = 16 * 2**30
 
 
 def main() -> None:
@@ -76,6 +78,8 @@ def in_float64(module: ModuleType, name: str,
                tell: Callable[[str], None]) -> Outcome:
     """Compare a network whose forward makes tensors in float64 as well."""
     torch.set_default_dtype(torch.float64)
+    # What is too large is to fail by itself, and nothing beside it.
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     return compare(module, name, tell)
 
 

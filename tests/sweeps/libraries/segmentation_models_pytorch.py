@@ -8,14 +8,20 @@ REQUIREMENTS = ('segmentation-models-pytorch==0.6.0', 'timm==1.0.31',
 ALONE = ()
 SIZES = (64, 128, 224, 256)
 
+# Of architectures that take no other.
+ENCODERS = dict(dpt='tu-vit_tiny_patch16_224')
+
 
 def names() -> list[str]:
     import segmentation_models_pytorch as smp
     found = [f'unet of {encoder}'
              for encoder in smp.encoders.get_encoder_names()]
-    architectures = [f'{architecture} of resnet18'
-                     for architecture in smp.MODEL_ARCHITECTURES_MAPPING]
-    return representatives(found, build) + architectures
+    architectures = [
+        f'{architecture} of {ENCODERS.get(architecture, "resnet18")}'
+        for architecture in smp.MODEL_ARCHITECTURES_MAPPING
+    ]
+    return [*representatives(found, build), 'unet of vgg11_bn',
+            *architectures]
 
 
 def build(name: str) -> nn.Module:
