@@ -162,7 +162,7 @@ def compare_step(model: nn.Module, args: tuple, expected: dict[str, Any],
     fused = {name for name in eligible if runs.get(name) == 'fused'}
     outcome.fused = len(fused)
     outcome.left_out = dict(Counter(
-        reasons.get(name) or f'it ran as {runs.get(name)!r}'
+        reasons.get(name) or f'it ran as {runs.get(name)}'
         for name in eligible.keys() - fused))
     try:
         assert_equal_steps(expected, actual, TOLERANCE)

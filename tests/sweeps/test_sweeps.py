@@ -320,6 +320,8 @@ def test_smallest_networks_with_every_class_are_chosen():
     makes = dict(
         wide=lambda: block(nn.Conv2d(3, 3, 7)),
         narrow=block,
+        reads=lambda: block(nn.Conv2d(3, len(
+            torch.linspace(0, 1, 3).tolist()), 5)),
         linear=lambda: nn.Linear(3, 3),
         other=lambda: block(norm=Frozen()),
         broken=lambda: 1 // 0)

@@ -33,7 +33,8 @@ WITHOUT_DEFAULTS = ('Emu3ForConditionalGeneration', 'Emu3Model',
                     'PerceiverForImageClassificationFourier',
                     'PerceiverForMultimodalAutoencoding',
                     'PerceiverForOpticalFlow', 'PPOCRV5ServerDet',
-                    'PPOCRV6MediumDet', 'Sapiens2For', 'UVDocBridge', 'VitMatte')
+                    'PPOCRV6MediumDet', 'Sapiens2For', 'UVDocBridge',
+                    'VitMatte')
 
 
 def names() -> list[str]:
