@@ -27,6 +27,9 @@ def build(name: str) -> nn.Module:
     settings = tasks.yaml_model_load(path)
     if 'scales' in settings:
         settings['scale'] = next(iter(settings['scales']))
+    for *_, arguments in settings['backbone']:
+        if 'DEFAULT' in arguments:  # torchvision's weights
+            arguments[arguments.index('DEFAULT')] = None
     head = settings['head'][-1][2]
     kind = {
         'Classify': tasks.ClassificationModel,
