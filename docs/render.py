@@ -227,11 +227,14 @@ def left_out() -> str:
 
 
 def skipped() -> str:
-    """Write why networks were not compared with stock."""
-    return table(('library', 'network', 'reason'),
-                 [(name, code(network), code(reason))
-                  for name, found in read_sweeps().items()
-                  for network, reason in found['skipped'].items()])
+    """Write why networks were not compared with stock, a reason a row."""
+    networks: dict[tuple[str, str], list[str]] = {}
+    for name, found in read_sweeps().items():
+        for network, reason in found['skipped'].items():
+            networks.setdefault((name, reason), []).append(code(network))
+    return table(('library', 'reason', 'networks'),
+                 [(name, code(reason), ', '.join(named))
+                  for (name, reason), named in networks.items()])
 
 
 def sweep_runs() -> str:

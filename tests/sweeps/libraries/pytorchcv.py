@@ -22,7 +22,10 @@ def names() -> list[str]:
 
 def build(name: str) -> nn.Module:
     from pytorchcv.model_provider import get_model
-    return get_model(name, pretrained=False)
+    options = dict(pretrained=False)
+    if name.startswith(('jasper', 'quartznet')):
+        options['from_audio'] = False  # which needs librosa
+    return get_model(name, **options)
 
 
 def inputs(name: str, model: nn.Module, size: int) -> tuple:
@@ -32,4 +35,5 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
             not any(isinstance(module, nn.Conv2d)
                     for module in model.modules())):
         return torch.randn(2, channels, size), torch.tensor([size, size])
-    return images(size, channels),
+    count = 2 if name.startswith('raft') else 1
+    return tuple(images(size // 8 * 8, channels) for _ in range(count))
