@@ -71,7 +71,12 @@ def build(name: str) -> nn.Module:
             number = getattr(part, layers, None)
             if isinstance(number, int) and not OF_LAYERS & vars(part).keys():
                 setattr(part, layers, min(number, 2))
-    return kind(config)
+    model = kind(config)
+    for module in model.modules():
+        if hasattr(module, '_requires_grad'):
+            # Else it wants to be first to ask for the input's gradient.
+            module._requires_grad = False
+    return model
 
 
 def inputs(name: str, model: nn.Module, size: int) -> tuple:
@@ -84,6 +89,8 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         return sound if asked[0] != 'input_ids' else (words(), *sound)
     if asked == ['input_ids', 'pixel_values']:
         return words(), images(size)
+    if name.startswith('SpeechT5ForTextToSpeech'):
+        return words(), None, torch.randn(2, size, config.num_mel_bins)
     if asked[0] == 'input_ids':
         return words(),
     if asked[0] == 'input_values':
@@ -91,6 +98,10 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     if asked[0] == 'past_values':
         return torch.randn(2, config.context_length,
                            config.num_input_channels),
+    if name.startswith('GraniteSpeech5'):
+        first = next(module for module in model.modules()
+                     if isinstance(module, nn.Linear))
+        return torch.randn(2, size, first.in_features),
     if name.endswith('CTCEncoder'):
         return torch.randn(2, size, config.input_dim),
     if asked[0] == 'input_features':
