@@ -11,7 +11,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist worksteal
 
-.PHONY: env demo test test-core test-callbacks test-all reproduce lint docs wheel clean
+.PHONY: env demo test test-core test-callbacks test-all sweep reproduce lint \
+    docs wheel clean
 
 env:
 	@$(PYTHON) requirements/install.py
@@ -54,6 +55,12 @@ test-callbacks:
 
 test-all: env
 	$(PYTEST)
+
+# Compares the networks of a library with stock: `make sweep LIB=timm`.
+sweep: env
+	@.venv/bin/python -m tests.sweeps.environment $(LIB)
+	OMP_NUM_THREADS=1 .venv-sweeps/$(LIB)/bin/python -m tests.sweeps $(LIB)
+	.venv/bin/python docs/render.py
 
 # Measures every figure of docs/en/reproduction.md anew.
 reproduce: env

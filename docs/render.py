@@ -152,6 +152,8 @@ TRAINING_MODES = ('Train', 'Tune, BN trains')
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table in Markdown, with numbers to the right."""
     rows = list(rows)
+    if not rows:
+        return 'None.'
     sides = ['---:' if cell[:1].isdigit() else '---' for cell in rows[0]]
     lines = [titles, sides, *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
@@ -303,6 +305,64 @@ def judged(value: float, most: float | None = None) -> str:
     return f'{value:.2f} (at most {most:.2f}: {verdict})'
 
 
+def sweeps() -> str:
+    """Write what each sweep found, a library a row."""
+    return table(
+        ('library', 'networks', 'wrong', 'raised', 'not compared', 'eligible',
+         'fused', 'share'),
+        [sweep(name, found) for name, found in read_sweeps().items()])
+
+
+def sweep(name: str, found: dict) -> tuple[str, ...]:
+    """Write the row of a library."""
+    package, version = next(iter(found['versions'].items()))
+    eligible, fused = map(sum, zip(*found['networks'].values()))
+    counts = (len(found['networks']), len(found['wrong']),
+              len(found['raised']), len(found['skipped']), eligible, fused)
+    return (f'{package} {version}', *map(str, counts),
+            f'{fused / eligible:.1%}')
+
+
+def left_out() -> str:
+    """Write why eligible blocks of the sweeps were not fused."""
+    return table(('library', 'blocks', 'reason', 'one of the networks'),
+                 [(name, str(count), code(reason), code(network))
+                  for name, found in read_sweeps().items()
+                  for reason, (count, network) in found['left_out'].items()])
+
+
+def skipped() -> str:
+    """Write why networks were not compared with stock, a reason a row."""
+    networks: dict[tuple[str, str], list[str]] = {}
+    for name, found in read_sweeps().items():
+        for network, reason in found['skipped'].items():
+            networks.setdefault((name, reason), []).append(code(network))
+    return table(('library', 'reason', 'networks'),
+                 [(name, code(reason), ', '.join(named))
+                  for (name, reason), named in networks.items()])
+
+
+def sweep_runs() -> str:
+    """Write on what each sweep ran."""
+    return table(('command', 'CPU', 'version', 'commit', 'beside it'),
+                 [(code(found['command']),
+                   f'{found["cpu"]} ({found["cores"]} cores)',
+                   f'torch {found["torch"]}', found['commit'],
+                   ', '.join(map(' '.join, list(
+                       found['versions'].items())[1:])) or '-')
+                  for found in read_sweeps().values()])
+
+
+def code(text: str) -> str:
+    """Write a text as it is into a cell."""
+    return f"`{text.replace('|', '/').replace('`', '')}`"
+
+
+def read_sweeps() -> dict[str, dict]:
+    """Read what the sweeps of all libraries found."""
+    return json.loads((DOCS / 'sweeps.json').read_text())
+
+
 def mib(n_bytes: int | None) -> str:
     """Write bytes in MiB, or that there is no figure."""
     return '' if n_bytes is None else f'{n_bytes / MIB:.1f}'
@@ -344,6 +404,8 @@ TABLES = {
     'comparison.md': {'kept': kept, 'combinations': combinations},
     'index.md': {'savings': savings},
     'libraries.md': {'libraries': libraries},
+    'sweeps.md': {'sweeps': sweeps, 'left out': left_out, 'skipped': skipped,
+                  'runs': sweep_runs},
 }
 
 

@@ -5,6 +5,7 @@ torch.fx, its children as leaves; a whole detector never is. A trace need not
 be the only way through the forward, because a pair is only a candidate: what
 really runs is decided at each call (see :mod:`mmtune.behaviours`).
 """
+import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,7 @@ def find_pairs(model: nn.Module, roots: Sequence[nn.Module]) -> Matches:
     for block in modules:
         if has_forward(block) and (
                 any(map(_is_layer, _own_modules(block)))
-                or search.ends.may_meet(block)):
+                or _reaches_in(block) or search.ends.may_meet(block)):
             search.read(block)
     return search.result()
 
@@ -260,6 +261,17 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
         yield child
         if type(child) is nn.Sequential:
             yield from _own_modules(child)
+
+
+def _reaches_in(module: nn.Module) -> bool:
+    """Whether a forward names a layer of a child's, which it may call."""
+    # That of a scripted class cannot be asked for.
+    forward = inspect.getattr_static(type(module), 'forward')
+    code = getattr(forward, '__code__', None)
+    names = () if code is None else code.co_names
+    return any(
+        name.rpartition('.')[2] in names and _is_layer(layer)
+        for name, layer in module.named_modules())
 
 
 # --------------------------------------------------------------------------

@@ -125,6 +125,29 @@ class ReachesIn(nn.Module):
         return x
 
 
+class Stem(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu()
+
+
+class ReachesIntoABlock(nn.Module):
+    """As smp's DPN encoder: it calls the layers of a block, not the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(Stem(), nn.ReLU())
+
+    def forward(self, x):
+        x = self.features[0].conv(x)
+        x = self.features[0].bn(x)
+        return self.features[1:](x)
+
+
 def sequential(*modules):
     return lambda: nn.Sequential(*(m() if callable(m) and not isinstance(
         m, nn.Module) else m for m in modules))
@@ -159,6 +182,7 @@ FOUND = {
     'an identity between': (
         sequential(lambda: nn.Conv2d(4, 6, 3), nn.Identity, bn), 1),
     'its container is not called': (ReachesIn, 2),
+    'its block is not called': (ReachesIntoABlock, 1),
     'traced': (traced(sequential(Wrapper, bn)), 1),
     'traced, with children': (traced(Tail), 2),
 }
