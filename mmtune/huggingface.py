@@ -49,8 +49,9 @@ class TuneModeCallback(TrainerCallback):
                  norm_eval: bool | None = None,
                  activations: bool = True) -> None:
         check_training_options(mode, norm_eval, activations)
-        self.options = dict(modules=modules, mode=mode, norm_eval=norm_eval,
-                            activations=activations)
+        self.options: dict[str, Any] = dict(
+            modules=modules, mode=mode, norm_eval=norm_eval,
+            activations=activations)
 
     def on_train_begin(self, args: Any, state: Any, control: Any,
                        model: nn.Module, **kwargs: Any) -> None:

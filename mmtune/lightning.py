@@ -54,8 +54,9 @@ class TuneMode(Callback):
                  norm_eval: bool | None = None,
                  activations: bool = True) -> None:
         check_training_options(mode, norm_eval, activations)
-        self.options = dict(modules=modules, mode=mode, norm_eval=norm_eval,
-                            activations=activations)
+        self.options: dict[str, Any] = dict(
+            modules=modules, mode=mode, norm_eval=norm_eval,
+            activations=activations)
         self._turned_on: nn.Module | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
