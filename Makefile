@@ -11,8 +11,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist worksteal
 
-.PHONY: env demo test test-core test-callbacks test-all sweep reproduce lint \
-    docs wheel clean
+.PHONY: env demo test test-core test-callbacks test-all sweep
+.PHONY: reproduce lint docs wheel clean
 
 env:
 	@$(PYTHON) requirements/install.py

@@ -170,7 +170,8 @@ def commands(page):
 
 def make_targets():
     text = (ROOT / 'Makefile').read_text()
-    return set(re.search(r'^\.PHONY: (.*)$', text, re.MULTILINE)[1].split())
+    lines = re.findall(r'^\.PHONY: (.*)$', text, re.MULTILINE)
+    return {target for line in lines for target in line.split()}
 
 
 def options_of(script):

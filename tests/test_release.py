@@ -24,7 +24,8 @@ def released():
 
 def make_targets():
     text = (ROOT / 'Makefile').read_text()
-    return set(re.search(r'^\.PHONY: (.*)$', text, re.MULTILINE)[1].split())
+    lines = re.findall(r'^\.PHONY: (.*)$', text, re.MULTILINE)
+    return {target for line in lines for target in line.split()}
 
 
 def test_change_log_begins_with_this_version():
