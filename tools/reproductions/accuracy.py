@@ -50,7 +50,9 @@ NOT_PRETRAINED = {'model.backbone.init_cfg': None}
 MODES: dict[str, tuple[str, Mapping[str, Any]]] = {
     'Train': ('Eval', NORM_TRAINS),
     'Eval': ('Eval', {}),
-    'Tune': ('Tune', {}),
+    'Tune': ('Tune', {
+        'efficient_conv_bn_eval.activations': False
+    }),
     'Deploy': ('Tune', {
         'efficient_conv_bn_eval.mode': 'Deploy'
     }),

@@ -19,7 +19,6 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.steps import Step
 from mmtune.analysis.timing import interleaved_seconds, quartiles
 from mmtune.analysis.workloads import Workload
@@ -29,6 +28,7 @@ from reproductions.material import (
     fetch_trees,
     fetch_weights,
     pretrained_classifier,
+    put_in_mode,
 )
 from reproductions.pages import mib, paragraph, table, track
 

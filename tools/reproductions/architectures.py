@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmtune.analysis.modes import put_in_mode, randomize_new_norms
+from mmtune.analysis.modes import randomize_new_norms
 from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import (
@@ -19,7 +19,7 @@ from mmtune.analysis.workloads import (
     detection_workload,
     image_workload,
 )
-from reproductions.material import in_processes
+from reproductions.material import in_processes, put_in_mode
 from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory across architectures'

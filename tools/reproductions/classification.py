@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from mmtune import behaviours
 from mmtune.analysis import peak_bytes
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
 from reproductions.material import (
     fetch_weights,
     in_processes,
     measure_in_turns,
+    put_in_mode,
 )
 from reproductions.pages import (
     CONFIDENCE,

@@ -39,7 +39,7 @@ def run(factor: float = FACTOR) -> dict:
     """
     model = MobileNetV2(out_indices=(7, ))
     load_fitting(model, read_state_dict(fetch_weights()))
-    scales = block_scales(model, turn_on(model))
+    scales = block_scales(model, turn_on(model, activations=False))
     coeff = torch.cat([block.coeff for block in scales])
     return dict(
         factor=factor,

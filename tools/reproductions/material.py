@@ -13,10 +13,10 @@ from finetune_digits import Classifier, load_data
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmtune import behaviours
-from mmtune.analysis import peak_bytes
-from mmtune.analysis.modes import put_in_mode
+from mmtune import behaviours, turn_on
+from mmtune.analysis import modes, peak_bytes
 from mmtune.analysis.timing import interleaved_seconds
+from mmtune.report import Report
 from reproductions.pages import Item, track
 
 
@@ -69,13 +69,32 @@ def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
     return data[:count]
 
 
-def put_in_folding_mode(model: nn.Module, mode: str) -> None:
-    """Put a model into a mode, in which Tune folds however small a map is.
+def put_in_mode(model: nn.Module,
+                mode: str,
+                modules: Sequence[str] | None = None) -> Report | None:
+    """Put a model into a mode as the paper has it.
+
+    Activations stay stock in Tune, which is about convolutions and BatchNorms
+    there.
 
     Args:
         model (nn.Module): A stock model.
         mode (str): One of :data:`mmtune.analysis.modes.MODES`.
+        modules (Sequence[str], optional): See
+            :func:`mmtune.analysis.modes.put_in_mode`. Defaults to None.
+
+    Returns:
+        Report: Of Tune and Deploy, else None.
     """
+    if mode != 'Tune':
+        return modes.put_in_mode(model, mode, modules)
+    # For the BatchNorms, which Tune leaves in the mode that they are in.
+    modes.put_in_mode(model, 'Eval', modules)
+    return turn_on(model, modules=modules, activations=False)
+
+
+def put_in_folding_mode(model: nn.Module, mode: str) -> None:
+    """The same, where Tune folds however small a map is."""
     with mock.patch.multiple(behaviours, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_mode(model, mode)
 

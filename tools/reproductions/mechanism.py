@@ -233,7 +233,8 @@ def find_scales(model: nn.Module) -> list[BlockScale]:
     Returns:
         list[BlockScale]: One for each block.
     """
-    return block_scales(model, turn_on(copy.deepcopy(model), 'Tune'))
+    report = turn_on(copy.deepcopy(model), activations=False)
+    return block_scales(model, report)
 
 
 @torch.no_grad()

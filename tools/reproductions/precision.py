@@ -282,7 +282,9 @@ def run(steps: int = 2000,
         seed (int): Of everything drawn.
 
     Returns:
-        dict: ``rows``, one for each variance and precision.
+        dict: ``rows``, one for each variance and precision, with ``drift``,
+        by mode: how far the networks are from float64, the median at each
+        point and every network in the end.
     """
     rows = []
     cases = [(var, precision) for var in variances for precision in DTYPES]
@@ -294,12 +296,15 @@ def run(steps: int = 2000,
                                                every)]
             exact[var] = states, [task.says(state) for state in states]
         states, right = exact[var]
-        drift: dict[str, list] = {}
+        drift: dict[str, dict] = {}
         for mode in MODES:
-            drift[mode] = [
+            distances = [
                 relative(task.says(state), ideal) for (_, state), ideal in
                 zip(task.train(mode, precision, steps, every), right)
             ]
+            drift[mode] = dict(
+                medians=[statistics.median(point) for point in distances],
+                last=distances[-1])
         rows.append(
             dict(
                 var=var,
@@ -343,7 +348,7 @@ def ratios(rows: Sequence[dict], *keys: str) -> list[float]:
 
 def final_drift(row: dict, mode: str) -> float:
     """How far the median network is from float64 in the end."""
-    return statistics.median(row['drift'][mode][-1])
+    return row['drift'][mode]['medians'][-1]
 
 
 def answer(found: dict) -> str:
@@ -450,8 +455,8 @@ def drift_ratios(row: dict) -> list[float]:
     """Tune's distance over Eval's in the end, network by network."""
     return [
         tune / stock
-        for tune, stock in zip(row['drift']['Tune'][-1], row['drift']['Eval']
-                               [-1])
+        for tune, stock in zip(*(row['drift'][mode]['last']
+                                 for mode in ('Tune', 'Eval')))
     ]
 
 
@@ -565,7 +570,7 @@ def plot(found: dict, path: Path) -> None:
         for mode in MODES if row['rstd'] == last else ():
             grid[1, 1].semilogy(
                 found['points'][1:],
-                [statistics.median(v) for v in row['drift'][mode][1:]],
+                row['drift'][mode]['medians'][1:],
                 styles[mode][1:],
                 color=colors[row['precision']])
     grid[1, 1].set(xlabel='step', ylabel='distance from float64',

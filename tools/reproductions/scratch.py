@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune import turn_on
-from mmtune.analysis.modes import put_in_mode
 from mmtune.analysis.timing import quartiles
 from mmtune.api import latest_runs
-from reproductions.material import in_processes, measure_in_turns
+from reproductions.material import in_processes, measure_in_turns, put_in_mode
 from reproductions.pages import mean_spread, mib, paragraph, table
 
 TITLE = 'Training from scratch'
@@ -126,7 +125,10 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
     else:
         hooks = [
             dict(
-                type='mmtune.TuneModeHook', modules=['backbone'], begin=begin)
+                type='mmtune.TuneModeHook',
+                modules=['backbone'],
+                begin=begin,
+                activations=False)
         ]
     runner = Runner(
         model=dict(type=SmallResNet),

@@ -16,11 +16,15 @@ from torch.nn import functional as F
 
 from mmtune.analysis.estimate import AffineMemory, fit_affine
 from mmtune.analysis.memory import saved_bytes
-from mmtune.analysis.modes import put_in_mode, randomize_new_norms
+from mmtune.analysis.modes import randomize_new_norms
 from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import detection_workload
-from reproductions.material import in_processes, put_in_folding_mode
+from reproductions.material import (
+    in_processes,
+    put_in_folding_mode,
+    put_in_mode,
+)
 from reproductions.pages import mib, paragraph, table
 
 TITLE = 'Memory on COCO'
