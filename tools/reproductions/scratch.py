@@ -118,18 +118,15 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
     data = data_options(size, batch_size)
     steps = math.ceil(
         len(data['train_dataloader']['dataset']) / batch_size)
-    if begin is None:
-        hooks = []
-    elif mode == 'Eval':
+    hooks: list = []
+    cfg = {}
+    if begin is not None and mode == 'Eval':
         hooks = [FreezeHook(begin)]
-    else:
-        hooks = [
-            dict(
-                type='mmtune.TuneModeHook',
-                modules=['backbone'],
-                begin=begin,
-                activations=False)
-        ]
+    elif begin is not None:
+        hooks = [dict(type='mmtune.TuneModeHook')]
+        # Without the hook, this key would call for MMEngine's rewrite.
+        cfg['efficient_conv_bn_eval'] = dict(
+            modules=['backbone'], begin=begin, activations=False)
     runner = Runner(
         model=dict(type=SmallResNet),
         work_dir=f'{work_dir}/{lr:g}-{begin}-{mode}-{seed}',
@@ -145,7 +142,8 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
         custom_hooks=hooks,
         default_hooks=dict(checkpoint=None),
         log_level='WARNING',
-        randomness=dict(seed=seed))
+        randomness=dict(seed=seed),
+        cfg=cfg)
     runner.train()
     scalars = runner.message_hub.log_scalars
     losses, _ = scalars['train/loss'].data
