@@ -141,8 +141,9 @@ def write_page(name: str, module: ModuleType, record: dict) -> str:
         'edit. -->',
         paragraph(module.QUESTION),
         paragraph(f'**{module.answer(record["found"])}**'),
-        paragraph(how), f'![{module.TITLE}]({name}.png)',
-        module.page(record['found']).strip()
+        f'![{module.TITLE}]({name}.png)',
+        module.page(record['found']).strip(), '## How it was measured',
+        paragraph(how)
     ]) + '\n'
 
 

@@ -187,12 +187,6 @@ def gradients(model: nn.Module,
               half: torch.dtype | None = None) -> list[dict[str, Tensor]]:
     """Give, of each block, its output and every gradient in float64.
 
-    Args:
-        model (nn.Module): Of :func:`make_networks`.
-        x (Tensor): Its input.
-        grad (Tensor): The gradient of its output.
-        half (torch.dtype, optional): What autocast casts to.
-
     Returns:
         list[dict[str, Tensor]]: A dict by the keys of :data:`TENSORS` for
         each of the two blocks.
@@ -352,14 +346,7 @@ def final_drift(row: dict, mode: str) -> float:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     rows = found['rows']
     steps = ratios(rows, *TENSORS)
     ends = [statistics.median(drift_ratios(row)) for row in rows]
@@ -373,14 +360,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     rows = found['rows']
     parts = [
         paragraph(f"""
@@ -540,12 +520,7 @@ def verdict_on_drift(rows: Sequence[dict]) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot errors against rstd, and distances against the step.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot errors against rstd, and distances against the step."""
     figure = Figure(figsize=(8, 7), layout='constrained')
     grid = figure.subplots(2, 2)
     colors = dict(zip(DTYPES, ('tab:blue', 'tab:orange', 'tab:green')))

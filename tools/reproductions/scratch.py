@@ -392,14 +392,7 @@ def _from_the_start(found: dict) -> str:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     tried = [(lr, begin) for lr in found['lrs']
              for begin in found['begins'] if begin]
     harmless = [f'begin={begin} at a learning rate of {lr:g}'
@@ -410,14 +403,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Write the page."""
     peak = found['step']['peak']
     rows = []
     for mode in peak:
@@ -475,12 +461,7 @@ def page(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot test accuracy by epoch, and the final one by `begin`.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot test accuracy by epoch, and the final one by `begin`."""
     figure = Figure(figsize=(8, 3.6), layout='constrained')
     panels = figure.subplots(1, len(found['lrs']), sharey=True, squeeze=False)
     epochs = range(1, found['epochs'] + 1)
