@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mmengine.logging import MMLogger
+from reproductions import records
 from reproductions.pages import paragraph, table
 
 from mmtune.analysis.machine import describe_commit, describe_machine
@@ -103,9 +104,7 @@ def measure(name: str, folder: Path) -> None:
     start = time.monotonic()
     found = load(name).run()
     record |= dict(seconds=round(time.monotonic() - start), found=found)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'{name}.json'
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + '\n')
+    records.write(folder / f'{name}.json', record)
 
 
 def render(name: str, folder: Path) -> None:
@@ -142,8 +141,9 @@ def write_page(name: str, module: ModuleType, record: dict) -> str:
         'edit. -->',
         paragraph(module.QUESTION),
         paragraph(f'**{module.answer(record["found"])}**'),
-        paragraph(how), f'![{module.TITLE}]({name}.png)',
-        module.page(record['found']).strip()
+        f'![{module.TITLE}]({name}.png)',
+        module.page(record['found']).strip(), '## How it was measured',
+        paragraph(how)
     ]) + '\n'
 
 

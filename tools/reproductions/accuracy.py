@@ -305,14 +305,7 @@ def read(training: Training) -> dict[str, Any]:
 
 
 def answer(found: dict[str, Any]) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     by_mode = group(found['runs'])
     reached = ', '.join(
         f'{mean_spread([run["mAP"] for run in by_mode[mode]])} in {mode}'
@@ -321,14 +314,7 @@ def answer(found: dict[str, Any]) -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    """Describe what came out.
-
-    Args:
-        found (dict[str, Any]): From :func:`run`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Describe what came out."""
     by_mode = group(found['runs'])
     seeds = len(by_mode['Eval'])
     missing = ''.join(f'"{mode}", which the command runs by now. '
@@ -375,9 +361,6 @@ def page(found: dict[str, Any]) -> str:
 def group(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Sort runs by their modes.
 
-    Args:
-        runs (Sequence[dict[str, Any]]): Of :func:`run`.
-
     Returns:
         dict[str, list[dict[str, Any]]]: Without the run that has another
         thread count.
@@ -407,15 +390,7 @@ def final_loss(losses: Sequence[float | None]) -> float | None:
 
 
 def accuracy_table(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Lay out what each mode reaches.
-
-    Args:
-        by_mode (Mapping[str, Sequence[dict[str, Any]]]): From
-            :func:`group`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Lay out what each mode reaches."""
     rows = []
     for mode, runs in by_mode.items():
         losses = [final_loss(run['losses']) for run in runs]
@@ -482,9 +457,6 @@ def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
 def losses_of(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list]:
     """Look up loss curves.
 
-    Args:
-        runs (Sequence[dict[str, Any]]): Of :func:`run`.
-
     Returns:
         dict[tuple[str, int], list]: By mode and seed.
     """
@@ -494,9 +466,6 @@ def losses_of(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list]:
 def loss_differences(
         runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Compare loss curves that rounding tells apart, and those of seeds.
-
-    Args:
-        runs (Sequence[dict[str, Any]]): Of :func:`run`.
 
     Returns:
         dict[str, dict[str, float]]: For each pair what
@@ -521,14 +490,7 @@ def loss_differences(
 
 
 def difference_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Lay out how far loss curves lie apart.
-
-    Args:
-        runs (Sequence[dict[str, Any]]): Of :func:`run`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Lay out how far loss curves lie apart."""
     return table(
         ['runs', 'first iteration', 'first ten', 'all'],
         [[name, *(f'{row[key]:.1e}' for key in ('first', 'first_10', 'all'))]
@@ -536,14 +498,7 @@ def difference_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def rounding_verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """Say whether Tune leaves Eval as rounding lets Eval leave itself.
-
-    Args:
-        runs (Sequence[dict[str, Any]]): Of :func:`run`.
-
-    Returns:
-        str: A paragraph.
-    """
+    """Say whether Tune leaves Eval as rounding lets Eval leave itself."""
     found = loss_differences(runs)
     tune = [row['all'] for name, row in found.items() if 'Tune' in name]
     threads = [row['all'] for name, row in found.items() if 'thread' in name]
@@ -575,12 +530,7 @@ def rounding_verdict(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Plot losses, their differences, and accuracies.
-
-    Args:
-        found (dict[str, Any]): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot losses, their differences, and accuracies."""
     figure = Figure(figsize=(8, 5.5), layout='constrained')
     axes = figure.subplot_mosaic('lm;dm')
     losses = losses_of(found['runs'])

@@ -386,14 +386,7 @@ COUNTED = {
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     targets = found['targets']
     ends = [target['exact']['differing'][-1] for target in targets.values()]
     same = ('the same perturbation as Eval' if not any(ends) else
@@ -411,14 +404,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     steps = found['steps']
     shapes = {
         name: ' x '.join(map(str, target['shape']))
@@ -565,12 +551,7 @@ def verdict_on_cost(rows: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot where perturbations differ and what is kept, target by target.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot where perturbations differ and what is kept, target by target."""
     figure = Figure(figsize=(8, 7), layout='constrained')
     grid = figure.subplots(2, len(found['targets']))
     colors = dict(

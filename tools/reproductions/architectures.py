@@ -216,10 +216,6 @@ def total_saved(row: dict, mode: str = 'Tune') -> float:
 def foretold(share: float, ratio: float) -> float:
     """Foretell :func:`total_saved` from the share of what is kept.
 
-    Args:
-        share (float): From :func:`kept_saved`.
-        ratio (float): From :func:`maps_to_weights`.
-
     Returns:
         float: Where a step takes what is kept, and three times the weights:
         themselves, their gradients, momentum.
@@ -228,14 +224,7 @@ def foretold(share: float, ratio: float) -> float:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     rows = [row for row in found['rows']
             if 'error' not in row['modes']['Tune']]
     if not rows:
@@ -244,14 +233,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write what came out."""
     rows = found['rows']
     folds = [row for row in rows if 'error' not in row['modes']['Tune']]
     sizes = {setting: f'{batch} x 3 x {height} x {width}'
@@ -400,14 +382,7 @@ def foretell(row: dict) -> float:
 
 
 def left_out(rows: Sequence[dict]) -> str:
-    """Explain where Deploy saves less than Tune.
-
-    Args:
-        rows (Sequence[dict]): Those that have a Tune mode.
-
-    Returns:
-        str: Sentences; empty where there is nothing to explain.
-    """
+    """Explain where Deploy saves less than Tune."""
     less = {}
     for row in rows:
         deploy = row['modes']['Deploy']
@@ -428,14 +403,7 @@ def left_out(rows: Sequence[dict]) -> str:
 
 
 def stock(rows: Sequence[dict]) -> str:
-    """Name what cannot be put into Tune mode.
-
-    Args:
-        rows (Sequence[dict]): All of them.
-
-    Returns:
-        str: A sentence; empty where there is none.
-    """
+    """Name what cannot be put into Tune mode."""
     errors = {
         row['name']: row['modes']['Tune']['error']
         for row in rows if 'error' in row['modes']['Tune']
@@ -476,12 +444,7 @@ def names(rows: Iterable[dict]) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot what is saved against maps / weights.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot what is saved against maps / weights."""
     figure = Figure(figsize=(8, 6), layout='constrained')
     axes = figure.subplots()
     rows = [row for row in found['rows']

@@ -402,14 +402,7 @@ def _why_not(found: dict, claimed: float) -> str:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     best = {mode: _best_lr(found, mode) for mode in MODES}
     reached = ', '.join(
         f'{mean_spread(_accuracies(found, mode, lr))} in {mode}'
@@ -423,14 +416,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Write the page."""
     script = Path(finetune_digits.__file__).read_text(encoding='utf-8')
     counted = found['counts'][0]
     train, test = found['images']
@@ -498,12 +484,7 @@ def page(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot accuracy by learning rate, and memory beside the paper's.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot accuracy by learning rate, and memory beside the paper's."""
     figure = Figure(figsize=(8, 3.6), layout='constrained')
     points, bars = figure.subplots(1, 2)
     places = {lr: place for place, lr in enumerate(found['lrs'])}

@@ -39,7 +39,7 @@ def run(factor: float = FACTOR) -> dict:
     """
     model = MobileNetV2(out_indices=(7, ))
     load_fitting(model, read_state_dict(fetch_weights()))
-    scales = block_scales(model, turn_on(model))
+    scales = block_scales(model, turn_on(model, activations=False))
     coeff = torch.cat([block.coeff for block in scales])
     return dict(
         factor=factor,
@@ -54,14 +54,7 @@ def run(factor: float = FACTOR) -> dict:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     best = {optimizer: total['best']
             for optimizer, total in found['total'].items()}
     shares = ' and '.join(
@@ -76,14 +69,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     totals = found['total']
     sgd = totals['SGD']
     worst = max(found['blocks'], key=lambda b: b['at_same_lr']['faster'])
@@ -141,11 +127,6 @@ def page(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot the spread of each block's coefficients.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot the spread of each block's coefficients."""
     plot_scales([block['coeff'] for block in found['blocks']],
                 found['factor'], 'SGD', path)

@@ -93,6 +93,11 @@ def put_in_folding_mode(model: nn.Module, mode: str) -> None:
     Args:
         model (nn.Module): A stock model.
         mode (str): One of :data:`mmtune.analysis.modes.MODES`.
+        modules (Sequence[str], optional): See
+            :func:`mmtune.analysis.modes.put_in_mode`. Defaults to None.
+
+    Returns:
+        Report: Of Tune and Deploy, else None.
     """
     with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_paper_mode(model, mode)

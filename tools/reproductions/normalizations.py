@@ -297,14 +297,7 @@ def kind_of(row: dict) -> str:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     rows = found['rows']
     can = sum(row['per_channel'] <= TOLERANCE for row in rows.values())
     fused = [row for row in rows.values()
@@ -322,14 +315,7 @@ def keeps_less(row: dict) -> bool:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     rows = found['rows']
     parts = [
         paragraph("""
@@ -438,12 +424,7 @@ def verdict(rows: dict[str, dict]) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot what each block keeps for backward.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot what each block keeps for backward."""
     rows = found['rows']
     figure = Figure(
         figsize=(8, 1.5 + .35 * len(rows)), layout='constrained')

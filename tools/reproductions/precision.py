@@ -187,12 +187,6 @@ def gradients(model: nn.Module,
               half: torch.dtype | None = None) -> list[dict[str, Tensor]]:
     """Give, of each block, its output and every gradient in float64.
 
-    Args:
-        model (nn.Module): Of :func:`make_networks`.
-        x (Tensor): Its input.
-        grad (Tensor): The gradient of its output.
-        half (torch.dtype, optional): What autocast casts to.
-
     Returns:
         list[dict[str, Tensor]]: A dict by the keys of :data:`TENSORS` for
         each of the two blocks.
@@ -282,7 +276,9 @@ def run(steps: int = 2000,
         seed (int): Of everything drawn.
 
     Returns:
-        dict: ``rows``, one for each variance and precision.
+        dict: ``rows``, one for each variance and precision, with ``drift``,
+        by mode: how far the networks are from float64, the median at each
+        point and every network in the end.
     """
     rows = []
     cases = [(var, precision) for var in variances for precision in DTYPES]
@@ -294,12 +290,15 @@ def run(steps: int = 2000,
                                                every)]
             exact[var] = states, [task.says(state) for state in states]
         states, right = exact[var]
-        drift: dict[str, list] = {}
+        drift: dict[str, dict] = {}
         for mode in MODES:
-            drift[mode] = [
+            distances = [
                 relative(task.says(state), ideal) for (_, state), ideal in
                 zip(task.train(mode, precision, steps, every), right)
             ]
+            drift[mode] = dict(
+                medians=[statistics.median(point) for point in distances],
+                last=distances[-1])
         rows.append(
             dict(
                 var=var,
@@ -343,18 +342,11 @@ def ratios(rows: Sequence[dict], *keys: str) -> list[float]:
 
 def final_drift(row: dict, mode: str) -> float:
     """How far the median network is from float64 in the end."""
-    return statistics.median(row['drift'][mode][-1])
+    return row['drift'][mode]['medians'][-1]
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     rows = found['rows']
     steps = ratios(rows, *TENSORS)
     ends = [statistics.median(drift_ratios(row)) for row in rows]
@@ -368,14 +360,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     rows = found['rows']
     parts = [
         paragraph(f"""
@@ -450,8 +435,8 @@ def drift_ratios(row: dict) -> list[float]:
     """Tune's distance over Eval's in the end, network by network."""
     return [
         tune / stock
-        for tune, stock in zip(row['drift']['Tune'][-1], row['drift']['Eval']
-                               [-1])
+        for tune, stock in zip(*(row['drift'][mode]['last']
+                                 for mode in ('Tune', 'Eval')))
     ]
 
 
@@ -535,12 +520,7 @@ def verdict_on_drift(rows: Sequence[dict]) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot errors against rstd, and distances against the step.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot errors against rstd, and distances against the step."""
     figure = Figure(figsize=(8, 7), layout='constrained')
     grid = figure.subplots(2, 2)
     colors = dict(zip(DTYPES, ('tab:blue', 'tab:orange', 'tab:green')))
@@ -565,7 +545,7 @@ def plot(found: dict, path: Path) -> None:
         for mode in MODES if row['rstd'] == last else ():
             grid[1, 1].semilogy(
                 found['points'][1:],
-                [statistics.median(v) for v in row['drift'][mode][1:]],
+                row['drift'][mode]['medians'][1:],
                 styles[mode][1:],
                 color=colors[row['precision']])
     grid[1, 1].set(xlabel='step', ylabel='distance from float64',

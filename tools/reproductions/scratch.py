@@ -122,15 +122,15 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
     data = data_options(size, batch_size)
     steps = math.ceil(
         len(data['train_dataloader']['dataset']) / batch_size)
-    if begin is None:
-        hooks = []
-    elif mode == 'Eval':
+    hooks: list = []
+    cfg = {}
+    if begin is not None and mode == 'Eval':
         hooks = [FreezeHook(begin)]
-    else:
-        hooks = [
-            dict(
-                type='mmtune.TuneModeHook', modules=['backbone'], begin=begin)
-        ]
+    elif begin is not None:
+        hooks = [dict(type='mmtune.TuneModeHook')]
+        # Without the hook, this key would call for MMEngine's rewrite.
+        cfg['efficient_conv_bn_eval'] = dict(
+            modules=['backbone'], begin=begin, activations=False)
     runner = Runner(
         model=dict(type=SmallResNet),
         work_dir=f'{work_dir}/{lr:g}-{begin}-{mode}-{seed}',
@@ -146,7 +146,8 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
         custom_hooks=hooks,
         default_hooks=dict(checkpoint=None),
         log_level='WARNING',
-        randomness=dict(seed=seed))
+        randomness=dict(seed=seed),
+        cfg=cfg)
     runner.train()
     scalars = runner.message_hub.log_scalars
     losses, _ = scalars['train/loss'].data
@@ -395,14 +396,7 @@ def _from_the_start(found: dict) -> str:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     tried = [(lr, begin) for lr in found['lrs']
              for begin in found['begins'] if begin]
     harmless = [f'begin={begin} at a learning rate of {lr:g}'
@@ -413,14 +407,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: In Markdown.
-    """
+    """Write the page."""
     peak = found['step']['peak']
     rows = []
     for mode in peak:
@@ -478,12 +465,7 @@ def page(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot test accuracy by epoch, and the final one by `begin`.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot test accuracy by epoch, and the final one by `begin`."""
     figure = Figure(figsize=(8, 3.6), layout='constrained')
     panels = figure.subplots(1, len(found['lrs']), sharey=True, squeeze=False)
     epochs = range(1, found['epochs'] + 1)

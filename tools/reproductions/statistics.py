@@ -355,14 +355,7 @@ def spans(found: dict) -> dict[str, slice]:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     exact = max(found['runs']['float64'][ONE_STEP]['error'])
     return (f'From the same point no gradient of Tune is more than {exact:.0e}'
             f" from Eval's in float64 in any of {found['steps']} steps, "
@@ -370,14 +363,7 @@ def answer(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    """Write the page.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write the page."""
     parts = [
         paragraph(f"""
         MobileNetV2 with ImageNet weights, its first {STAGES} stages
@@ -493,15 +479,7 @@ def verdict(dtype: str, curves: dict) -> str:
 
 
 def verdict_on_bends(smooth: dict, bent: Sequence[float]) -> str:
-    """Say whether large errors in float32 come from ReLU6.
-
-    Args:
-        smooth (dict): From :func:`smooth_errors`.
-        bent (Sequence[float]): ``error`` of Eval in float32, with ReLU6.
-
-    Returns:
-        str: Sentences.
-    """
+    """Say whether large errors in float32 come from ReLU6."""
     steps = len(smooth['Eval'])
     large = {mode: sum(error > LARGE for error in errors)
              for mode, errors in smooth.items()}
@@ -556,12 +534,7 @@ def verdict_on_deploy(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot the losses, and the differences below, a column for each dtype.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot the losses, and the differences below, a column for each dtype."""
     figure = Figure(figsize=(8, 7), layout='constrained')
     grid = figure.subplots(
         2, len(found['runs']), sharex=True, sharey='row', squeeze=False)

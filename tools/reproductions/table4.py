@@ -176,12 +176,6 @@ def _build(path: str) -> tuple[Any, nn.Module]:
 def measure(row: dict, batch: int, mode: str, shape: Sequence[int]) -> dict:
     """Take a step with the backbone in a mode.
 
-    Args:
-        row (dict): From :func:`read_rows`.
-        batch (int): Images.
-        mode (str): One of ``MODES``.
-        shape (Sequence[int]): Height and width of the images.
-
     Returns:
         dict: Bytes ``kept`` for backward, ``peak`` and ``resident``.
     """
@@ -196,9 +190,6 @@ def measure(row: dict, batch: int, mode: str, shape: Sequence[int]) -> dict:
 
 def count_weights(row: dict) -> int:
     """Count the numbers in the weights that Tune folds in training.
-
-    Args:
-        row (dict): From :func:`read_rows`.
 
     Returns:
         int: Of the backbone's convolutions, the frozen ones left out.
@@ -264,9 +255,6 @@ def autocast_dtypes() -> dict[str, str]:
 
 def paper_saving(row: dict) -> float:
     """Read what Tune saved in the paper.
-
-    Args:
-        row (dict): From :func:`read_rows`.
 
     Returns:
         float: Bytes. What is logged as GB are MiB divided by 1000.
@@ -345,26 +333,12 @@ def saved_text(row: dict, mode: str) -> str:
 
 
 def answer(found: dict) -> str:
-    """Say in a sentence what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: One sentence.
-    """
+    """Say in a sentence what came out."""
     return verdict(found['rows'])
 
 
 def page(found: dict) -> str:
-    """Write what came out.
-
-    Args:
-        found (dict): From :func:`run`.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write what came out."""
     rows = found['rows']
     height, width = found['shape']
     batches = ', '.join(map(str, found['batches']))
@@ -510,10 +484,6 @@ def verdict_on_eval(rows: Sequence[dict]) -> str:
 def explain_half(found: dict, rows: Sequence[dict]) -> list[str]:
     """Split savings in FP16 into what grows with the batch and the rest.
 
-    Args:
-        found (dict): From :func:`run`.
-        rows (Sequence[dict]): Of one model, at three batches or more.
-
     Returns:
         list[str]: Paragraphs and a table.
     """
@@ -653,12 +623,7 @@ def eval_gb(row: dict) -> float:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Plot what is saved, row by row.
-
-    Args:
-        found (dict): From :func:`run`.
-        path (Path): The picture to write.
-    """
+    """Plot what is saved, row by row."""
     rows = sorted(found['rows'], key=paper_saving)
     figure = Figure(
         figsize=(8, 1.8 + 0.35 * len(rows)), layout='constrained')

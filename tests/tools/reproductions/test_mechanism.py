@@ -7,6 +7,9 @@ import mmcv
 import pytest
 import torch
 from reproductions import mechanism
+from reproductions import mechanism_limits as limits
+from reproductions import mechanism_network as network
+from reproductions import mechanism_runs as runs
 
 from mmtune.analysis import lr_limit
 from tests.oracle import randomize, step
@@ -28,7 +31,7 @@ def found():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = randomize(mechanism.build_model(5)).double().eval()
+    model = randomize(network.build_model(5)).double().eval()
     torch.nn.init.normal_(model[-1].weight)
     return model
 
@@ -49,7 +52,7 @@ def coefficients(model):
 @pytest.mark.parametrize('times', [0.1, 7.])
 def test_scales_are_multiplied_and_the_function_is_not(model, times):
     other = copy.deepcopy(model)
-    mechanism.multiply_scales(other, times)
+    network.multiply_scales(other, times)
     torch.testing.assert_close(
         other(images()), model(images()), rtol=1e-12, atol=1e-12)
     expected = coefficients(model)
@@ -60,8 +63,8 @@ def test_scales_are_multiplied_and_the_function_is_not(model, times):
 
 def test_only_the_gradient_of_weights_is_multiplied(model):
     plain, corrected = (
-        step(mechanism.put(model, mode), images())
-        for mode in ('Deploy', mechanism.CORRECTED))
+        step(network.put(model, mode), images())
+        for mode in ('Deploy', network.CORRECTED))
     squares = {
         name: coeff.square().view(-1, 1, 1, 1)
         for name, coeff in coefficients(model).items()
@@ -81,21 +84,21 @@ def test_only_the_gradient_of_weights_is_multiplied(model):
 
 
 def test_training_and_test_images_are_apart():
-    *_, train_labels, tests, test_labels = mechanism.load_data(
-        mechanism.FINE_TUNED_ON, 0)
-    trained = mechanism.load_data(mechanism.FINE_TUNED_ON, 0)[0]
+    *_, train_labels, tests, test_labels = network.load_data(
+        network.FINE_TUNED_ON, 0)
+    trained = network.load_data(network.FINE_TUNED_ON, 0)[0]
     assert len(train_labels) + len(test_labels) == 896
     assert set(train_labels.tolist()) == set(test_labels.tolist()) == set(
         range(5))
     assert trained.shape[1:] == tests.shape[1:] == (1, 8, 8)
-    other = mechanism.load_data(mechanism.FINE_TUNED_ON, 1)[0]
+    other = network.load_data(network.FINE_TUNED_ON, 1)[0]
     assert not torch.equal(trained, other)
 
 
 def test_training_stops_where_the_loss_is_infinite():
-    data = mechanism.load_data(mechanism.FINE_TUNED_ON, 0)[:2]
-    model = mechanism.build_model(5)
-    losses = mechanism.train(model, *data, steps=30, lr=1e30, seed=0)
+    data = network.load_data(network.FINE_TUNED_ON, 0)[:2]
+    model = network.build_model(5)
+    losses = network.train(model, *data, steps=30, lr=1e30, seed=0)
     assert len(losses) < 30
     assert losses[0] == pytest.approx(math.log(5), rel=1e-5)
     assert all(map(math.isfinite, losses[:-1]))
@@ -108,7 +111,7 @@ def test_training_stops_where_the_loss_is_infinite():
     ([1.6, 0.9, None], None),
 ])
 def test_limit(losses, limit):
-    assert mechanism.stable_limit([0.1, 0.2, 0.4], losses) == limit
+    assert limits.stable_limit([0.1, 0.2, 0.4], losses) == limit
 
 
 @pytest.mark.parametrize('losses, others, largest', [
@@ -118,7 +121,7 @@ def test_limit(losses, limit):
     ([1., math.nan], [1., 2.], None),
 ])
 def test_largest_difference(losses, others, largest):
-    assert mechanism.largest_difference(losses, others) == largest
+    assert runs.largest_difference(losses, others) == largest
 
 
 @pytest.mark.slow
@@ -130,15 +133,15 @@ def test_controls(found):
         assert row['runs'] == {'fused': 9}
         for gamma in ('fixed', 'learning'):
             assert row[gamma]['Eval'] < 1e-12
-        assert row['fixed'][mechanism.CORRECTED] < 1e-12
+        assert row['fixed'][network.CORRECTED] < 1e-12
         assert row['fixed']['Deploy'] > 1e-4
-        assert row['learning'][mechanism.CORRECTED] > 1e-6
+        assert row['learning'][network.CORRECTED] > 1e-6
 
 
 @pytest.mark.slow
 def test_sweeps(found):
     assert [(row['times'], row['mode']) for row in found['sweeps']] == [
-        (times, mode) for times in (1., 0.1) for mode in mechanism.MODES
+        (times, mode) for times in (1., 0.1) for mode in network.MODES
     ]
     for row in found['sweeps']:
         small, large = row['losses']
@@ -159,7 +162,7 @@ def test_weights_alone(found):
     assert [(row['times'], row['mode'])
             for row in found['alone']['sweeps']] == [
                 (times, mode) for times in (1., 0.1)
-                for mode in mechanism.ALONE_MODES
+                for mode in runs.ALONE_MODES
             ]
     by_mode = {(row['times'], row['mode']): row['losses']
                for row in found['alone']['sweeps']}
@@ -171,12 +174,12 @@ def test_weights_alone(found):
 
 @pytest.mark.parametrize('mode', ['Tune', 'Deploy'])
 def test_nothing_but_weights_learns(model, mode):
-    mechanism.learn_weights_alone(model)
-    tuned = mechanism.put(model, mode)
-    mechanism.learn_weights_alone(tuned)
+    network.learn_weights_alone(model)
+    tuned = network.put(model, mode)
+    network.learn_weights_alone(tuned)
     before = {name: p.clone() for name, p in tuned.named_parameters()}
-    data = mechanism.load_data(mechanism.FINE_TUNED_ON, 0)[:2]
-    mechanism.train(tuned, data[0].double(), data[1], 1, 0.1, 0)
+    data = network.load_data(network.FINE_TUNED_ON, 0)[:2]
+    network.train(tuned, data[0].double(), data[1], 1, 0.1, 0)
     changed = {name for name, p in tuned.named_parameters()
                if not torch.equal(p, before[name])}
     assert changed == {name for name, p in model.named_parameters()
@@ -213,7 +216,7 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
     def losses(limit):
         return [0.1 if lr <= limit else None for lr in lrs]
 
-    others = {mode: apart for mode in ('Eval', mechanism.CORRECTED)}
+    others = {mode: apart for mode in ('Eval', network.CORRECTED)}
     return dict(
         lrs=lrs,
         alone=dict(
@@ -221,7 +224,7 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
             sweeps=[
                 dict(times=1., mode=mode, seed=0, accuracies=[0.9] * 4,
                      losses=losses(limit))
-                for mode, limit in zip(mechanism.ALONE_MODES, alone)
+                for mode, limit in zip(runs.ALONE_MODES, alone)
             ]),
         steps=3,
         pretrained=[0.9],
@@ -232,7 +235,7 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
         sweeps=[
             dict(times=1., mode=mode, seed=0, accuracies=[0.9] * 4,
                  losses=losses(limits[mode == 'Deploy']))
-            for mode in mechanism.MODES
+            for mode in network.MODES
         ],
         controls=[
             dict(times=1., seed=0, lr=0.1, function=apart, rescaled=apart,

@@ -33,9 +33,10 @@ def test_errors_are_those_of_the_precision(found):
             for block in row['rounding'][mode]:
                 for key in ('output', 'x', 'conv.weight', 'norm.weight'):
                     assert eps / 30 < block[key] < 30 * eps
-            start, *later = row['drift'][mode]
-            assert start == [0., 0.]
-            assert all(0 < d < 30 * eps for ds in later for d in ds)
+            start, *later = row['drift'][mode]['medians']
+            assert start == 0. and len(row['drift'][mode]['last']) == 2
+            later += row['drift'][mode]['last']
+            assert all(0 < d < 30 * eps for d in later)
 
 
 @pytest.mark.parametrize('mode, ran', [('Eval', []), ('Tune', ['fused'] * 2)])
@@ -92,8 +93,10 @@ def test_verdict_follows_the_figures(found, factor, verdict):
         row['rounding']['Tune'] = [{
             key: factor * value for key, value in block.items()
         } for block in row['rounding']['Eval']]
-        row['drift']['Tune'] = [[factor * value for value in values]
-                                for values in row['drift']['Eval']]
+        row['drift']['Tune'] = {
+            key: [factor * value for value in values]
+            for key, values in row['drift']['Eval'].items()
+        }
     text = ' '.join(precision.page(changed).split())
     assert verdict in text
     assert ('6 of 6 are above 1.5' in text) == (factor > 1)
