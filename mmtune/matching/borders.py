@@ -132,18 +132,22 @@ class Ends:
                      and s.reason is None), None)
         return self._sources[module]
 
-    def source(self, block: nn.Module, node: fx.Node) -> Source:
-        """Follow the one input of a node back to a convolution.
+    def source(self, block: nn.Module, node: fx.Node,
+               first: bool = False) -> Source:
+        """Follow the input of a node back to a convolution.
 
         Args:
             block (nn.Module): Whose forward was traced.
             node (fx.Node): A call of a module, or the output.
+            first (bool): Whether its first input is meant where there are
+                more, else there must be one. Defaults to False.
         """
         via: list[str] = []
         reason = None
         user = node
         while True:
-            given = _input(user)
+            given = _first_input(node) if first and user is node else _input(
+                user)
             if given is None:
                 return Source(None, (), 'it is not called with one tensor')
             if given.target is operator.getitem and _gives_list(
@@ -194,6 +198,15 @@ def _input(node: fx.Node) -> fx.Node | None:
     if len(inputs) == 1 and isinstance(inputs[0], fx.Node):
         return inputs[0]
     return None
+
+
+def _first_input(node: fx.Node) -> fx.Node | None:
+    """The first input of a node, unless it is given that once more."""
+    given = node.args[0] if node.args else None
+    others: list[fx.Node] = []
+    fx.map_arg((node.args[1:], node.kwargs), others.append)
+    return given if isinstance(given, fx.Node) and given not in others else (
+        None)
 
 
 def _gives_list(block: nn.Module, node: fx.Node) -> bool:

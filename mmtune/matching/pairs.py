@@ -191,7 +191,7 @@ class _Search:
         norm = block.get_submodule(norm_path)
         if norm not in self.norms:
             return
-        source = self.ends.source(block, node)
+        source = self.ends.source(block, node, first=bool(begin.path))
         conv = None
         if source.path is not None:
             conv = block.get_submodule(source.path)

@@ -125,6 +125,35 @@ class ReachesIn(nn.Module):
         return x
 
 
+class Contrastive(nn.Module):
+    """As YOLOE's head: it begins with a BN, and takes more than a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x, scale):
+        return self.norm(x) * scale
+
+
+class GivesMore(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 6, 3), Contrastive()
+
+    def forward(self, x):
+        mean = x.mean()
+        return self.head(self.conv(x), mean)
+
+
+class GivesTwice(GivesMore):
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.head(y, scale=y)
+
+
 class Stem(nn.Module):
 
     def __init__(self):
@@ -183,10 +212,12 @@ FOUND = {
         sequential(lambda: nn.Conv2d(4, 6, 3), nn.Identity, bn), 1),
     'its container is not called': (ReachesIn, 2),
     'its block is not called': (ReachesIntoABlock, 1),
+    'an argument more': (GivesMore, 1),
     'traced': (traced(sequential(Wrapper, bn)), 1),
     'traced, with children': (traced(Tail), 2),
 }
 LEFT_OUT = {
+    'given twice': (GivesTwice, "the argument 'x'"),
     'reads its argument twice': (
         sequential(lambda: nn.Conv2d(4, 6, 3), Reused), "the argument 'x'"),
     'changes its argument': (

@@ -88,10 +88,18 @@ class Tokens(nn.Module):
         return self.bn(y.flatten(0, 1)).reshape_as(y)
 
 
+class GivesNothing(nn.Sequential):
+    """As MMDetection's ResNet."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
 # name: what makes the network, shape of its input, eligible, fused
 FUSED = {
     'two blocks': (lambda: nn.Sequential(block(), block()), IMAGE, 2, 2),
     'a frozen normalization': (lambda: block(norm=Frozen()), IMAGE, 1, 1),
+    'train() gives nothing': (lambda: GivesNothing(block()), IMAGE, 1, 1),
     'tokens': (Tokens, (2, 3, 4), 1, 1),
     'two readers': (TwoReaders, IMAGE, 0, 0),
     'a block beside two readers': (

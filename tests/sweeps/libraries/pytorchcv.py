@@ -1,4 +1,9 @@
-"""pytorchcv: the smallest networks in which every class of module occurs."""
+"""pytorchcv: the smallest networks in which every class of module occurs.
+
+But for those that differ in the data set alone that they are made for.
+"""
+import re
+
 import torch
 from torch import nn
 
@@ -11,12 +16,13 @@ SIZES = (64, 128, 224, 299, 512)
 
 # Deeper ones of what is swept, and with other alphabets.
 DEEPER = ('jasper10x', 'jasperdr', 'quartznet15x')
+DATA_SETS = re.compile('_(ade20k|cifar|cub|coco|svhn|voc|celeb)')
 
 
 def names() -> list[str]:
     from pytorchcv import model_provider
     models = [name for name in sorted(model_provider._models)
-              if not name.startswith(DEEPER)]
+              if not (name.startswith(DEEPER) or DATA_SETS.search(name))]
     return representatives(models, build)
 
 
