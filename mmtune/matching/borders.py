@@ -58,7 +58,8 @@ class Ends:
     def __init__(self) -> None:
         self._traces: dict[nn.Module, Traces] = {}
         self._begins: dict[nn.Module, Begin | None] = {}
-        self._sources: dict[nn.Module, Source | None] = {}
+        self._sources: dict[tuple[nn.Module, int | None],
+                            Source | None] = {}
 
     def traces(self, module: nn.Module) -> Traces:
         """Trace a module, see :func:`mmtune.matching.tracing.trace`."""
@@ -70,7 +71,7 @@ class Ends:
         """Whether children may be a convolution's end and a norm's begin."""
         parts = _parts(block)
         return (len(parts) > 1 and any(map(self.begin, parts))
-                and any(map(self._end, parts)))
+                and any(map(self._may_end, parts)))
 
     def begin(self, module: nn.Module) -> Begin | None:
         """Find the normalization that a module gives its argument to.
@@ -116,24 +117,37 @@ class Ends:
             given = user
         return None
 
-    def _end(self, module: nn.Module) -> Source | None:
-        """Find the convolution whose output a module returns."""
+    def _end(self, module: nn.Module,
+             index: int | None = None) -> Source | None:
+        """Find the convolution whose output a module returns.
+
+        Args:
+            module (nn.Module): The module.
+            index (int, optional): Of which of the outputs, where there are
+                several. Defaults to None.
+        """
         if looks_like_conv(module):
-            return Source('', (), None)
-        if module not in self._sources:
-            self._sources[module] = None
-            if self._is_whole(module) and any(map(self._end, _parts(module))):
+            return Source('', (), None) if index is None else None
+        key = module, index
+        if key not in self._sources:
+            self._sources[key] = None
+            if self._is_whole(module) and any(
+                    map(self._may_end, _parts(module))):
                 sources = (
-                    self.source(module, node)
+                    self.source(module, node, index=index)
                     for graph in self.traces(module).graphs
                     for node in graph.nodes if node.op == 'output')
-                self._sources[module] = next(
+                self._sources[key] = next(
                     (s for s in sources if s.path is not None
                      and s.reason is None), None)
-        return self._sources[module]
+        return self._sources[key]
 
-    def source(self, block: nn.Module, node: fx.Node,
-               first: bool = False) -> Source:
+    def _may_end(self, module: nn.Module) -> bool:
+        """Whether a convolution's output may be among a module's outputs."""
+        return any(map(looks_like_conv, module.modules()))
+
+    def source(self, block: nn.Module, node: fx.Node, first: bool = False,
+               index: int | None = None) -> Source:
         """Follow the input of a node back to a convolution.
 
         Args:
@@ -141,13 +155,18 @@ class Ends:
             node (fx.Node): A call of a module, or the output.
             first (bool): Whether its first input is meant where there are
                 more, else there must be one. Defaults to False.
+            index (int, optional): Which of several outputs is meant.
         """
         via: list[str] = []
         reason = None
         user = node
         while True:
-            given = _first_input(node) if first and user is node else _input(
-                user)
+            given = _input(user)
+            if user is node and index is not None:
+                given = _element(node, index)
+            elif user is node and first:
+                given = _first_input(node)
+            of: int | None = None
             if given is None:
                 return Source(None, (), 'it is not called with one tensor')
             if given.target is operator.getitem and _gives_list(
@@ -157,16 +176,19 @@ class Ends:
             elif _flattens(given):
                 reason = reason or _reason(block, given, user)
                 user, given = given, given.args[0]
+            elif _is_element(given):
+                reason = reason or _reason(block, given, user)
+                of, user, given = given.args[1], given, given.args[0]
             if given.op != 'call_module':
                 return Source(None, (),
                               f'its input comes from {describe(given)}')
             reason = reason or _reason(block, given, user)
             module = block.get_submodule(given.target)
-            if _is_identity(module):
+            if _is_identity(module) and of is None:
                 via.append(given.target)
                 user = given
                 continue
-            end = self._end(module)
+            end = self._end(module, of)
             if end is None:
                 return Source(None, (), 'its input comes from the module '
                               f'{given.target!r} ({type(module).__name__})')
@@ -209,6 +231,25 @@ def _first_input(node: fx.Node) -> fx.Node | None:
         None)
 
 
+def _element(node: fx.Node, index: int) -> fx.Node | None:
+    """One of several outputs, unless it is another one, too."""
+    outputs = node.args[0]
+    if not isinstance(outputs, (tuple, list)) or not (
+            -len(outputs) <= index < len(outputs)):
+        return None
+    found: list[fx.Node] = []
+    fx.map_arg(outputs, found.append)
+    given = outputs[index]
+    return given if isinstance(given, fx.Node) and found.count(
+        given) == 1 else None
+
+
+def _is_element(node: fx.Node) -> bool:
+    """Whether a node takes one of what a module returns."""
+    return (node.target is operator.getitem and isinstance(
+        node.args[1], int) and node.args[0].op == 'call_module')
+
+
 def _gives_list(block: nn.Module, node: fx.Node) -> bool:
     """Whether a node calls a convolution that gives a list."""
     if node.op != 'call_module':
@@ -234,6 +275,8 @@ def _reason(block: nn.Module, given: fx.Node, user: fx.Node) -> str | None:
         and not (given.op == 'call_module'
                  and other.target is operator.getitem
                  and _gives_list(block, given))
+        and not (_is_element(other) and _is_element(user)
+                 and other.args[1] != user.args[1])
     ]
     if others:
         return ('the output of the convolution also goes to '

@@ -154,6 +154,52 @@ class GivesTwice(GivesMore):
         return self.head(y, scale=y)
 
 
+class PreConv(nn.Module):
+    """As pytorchcv's: it returns what its convolution was given, too."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, 6, 1)
+
+    def forward(self, x):
+        y = self.bn(x).relu()
+        return self.conv(y), y
+
+
+class PreBlock(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = PreConv(4), PreConv(6)
+
+    def forward(self, x):
+        x, before = self.first(x)
+        x, _ = self.second(x)
+        return x, before
+
+
+class ReadsTwice(PreBlock):
+
+    def forward(self, x):
+        both = self.first(x)
+        return self.second(both[0])[0] + both[0]
+
+
+class ReturnsTwice(PreConv):
+
+    def forward(self, x):
+        y = self.conv(self.bn(x))
+        return y, y
+
+
+class OfTwo(PreBlock):
+
+    def __init__(self):
+        super().__init__()
+        self.first = ReturnsTwice(4)
+
+
 class Stem(nn.Module):
 
     def __init__(self):
@@ -213,11 +259,14 @@ FOUND = {
     'its container is not called': (ReachesIn, 2),
     'its block is not called': (ReachesIntoABlock, 1),
     'an argument more': (GivesMore, 1),
+    'an output more': (sequential(lambda: nn.Conv2d(4, 4, 1), PreBlock), 2),
     'traced': (traced(sequential(Wrapper, bn)), 1),
     'traced, with children': (traced(Tail), 2),
 }
 LEFT_OUT = {
     'given twice': (GivesTwice, "the argument 'x'"),
+    'an output that is read twice': (ReadsTwice, "the argument 'x'"),
+    'an output that is given twice': (OfTwo, "the argument 'x'"),
     'reads its argument twice': (
         sequential(lambda: nn.Conv2d(4, 6, 3), Reused), "the argument 'x'"),
     'changes its argument': (

@@ -43,9 +43,10 @@ def main() -> None:
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     native.node()  # is loaded once for all processes
+    commit = describe_commit(ROOT)  # files may change meanwhile
     found = sweep(module, options.networks or module.names())
     if not options.networks:
-        keep(options.library, record(options.library, module, found))
+        keep(options.library, record(options.library, module, found, commit))
 
 
 def sweep(module: ModuleType, names: Iterable[str]) -> dict[str, Outcome]:
@@ -91,8 +92,8 @@ def line(outcome: Outcome) -> str:
     return '; '.join(filter(None, [text, outcome.detail, *reasons]))
 
 
-def record(name: str, module: ModuleType,
-           found: dict[str, Outcome]) -> dict[str, Any]:
+def record(name: str, module: ModuleType, found: dict[str, Outcome],
+           commit: str | None) -> dict[str, Any]:
     """Write down what a sweep found, and what it ran on.
 
     Returns:
@@ -106,7 +107,7 @@ def record(name: str, module: ModuleType,
     result = dict(
         command=f'make sweep LIB={name}',
         **describe_machine(),
-        commit=describe_commit(ROOT),
+        commit=commit,
         versions={package: importlib.metadata.version(package)
                   for package in packages},
         networks={network: [outcome.eligible, outcome.fused]

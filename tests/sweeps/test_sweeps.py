@@ -348,10 +348,11 @@ def test_results_are_kept_beside_those_of_others(monkeypatch, tmp_path):
     }
     module = SimpleNamespace(REQUIREMENTS=('rich==2', ), ALONE=())
     for name in ('two', 'one'):
-        runner.keep(name, runner.record(name, module, found))
+        runner.keep(name, runner.record(name, module, found, 'abc'))
     results = json.loads(path.read_text())
     assert list(results) == ['one', 'two']
     result = results['one']
+    assert result['commit'] == 'abc'
     assert result['networks'] == {'a': [3, 1], 'b': [1, 1]}
     assert result['left_out'] == {'no ...': [2, 'a']}
     assert result['wrong'] == {'b': 'output 0'}
