@@ -165,7 +165,10 @@ def attach_activations(roots: Sequence[nn.Module],
     for root in roots:
         # Many run a backbone or a head by itself.
         for module in (root, *root.children()):
-            if module not in own and not own.isdisjoint(module.modules()):
+            # A block is not fused where a layer has more hooks than its own.
+            is_layer = vars(module).keys() & {'_tune_conv', '_tune_norm'}
+            if (module not in own and not is_layer
+                    and not own.isdisjoint(module.modules())):
                 attach_scope(module)
 
 

@@ -884,6 +884,27 @@ def test_blocks_with_a_fused_neighbour_are_fused():
     assert activation_runs(model) == {'activate': 'one map'}
 
 
+class Activated(nn.BatchNorm2d):
+    """Normalizes, and then activates."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training, self.momentum, self.eps))
+
+
+def test_activation_within_a_normalization():
+    model = randomize(nn.Sequential(
+        nn.Conv2d(3, 4, 1), Activated(4), nn.Conv2d(4, 3, 1))).double().eval()
+    check(model)
+    assert runs(model) == ['fused']
+    assert activation_runs(model) == {'1.act': 'one map'}
+
+
 def test_modules_called_by_themselves():
     model = Reads(nn.SiLU, lambda m, y: m.fused(y)).double().eval()
     outer = nn.ModuleDict(dict(inner=model))
