@@ -200,9 +200,7 @@ def combinations() -> str:
             f'{height} x {width}.\n\n' + table(
                 ('together with', 'mode', 'kept (MiB)', 'peak (MiB)',
                  'time / Eval'), rows) +
-            f'\n\n`{measured["command"]}` on {measured["cpu"]} '
-            f'({measured["cores"]} cores), threads: {measured["threads"]}; '
-            f'torch {measured["torch"]}; rounds: {found["rounds"]}.')
+            f'\n\n{origin(measured)}.')
 
 
 def libraries() -> str:
@@ -219,10 +217,8 @@ def libraries() -> str:
     return table(
         ('model', 'library', 'images', 'kept, Eval', 'kept, Tune',
          'peak, Eval', 'peak, Tune', 'time / Eval'), rows) + (
-        f'\n\n`{measured["command"]}` on {measured["cpu"]} '
-        f'({measured["cores"]} cores), threads: {measured["threads"]}; torch '
-        f'{measured["torch"]}, {versions}; rounds: '
-        f'{measured["found"]["rounds"]}; commit {measured["commit"]}.')
+        f'\n\n{origin(measured, ", " + versions)}; commit '
+        f'{measured["commit"]}.')
 
 
 def activations_kept() -> str:
@@ -291,10 +287,15 @@ def activations_time() -> str:
 def activations_origin() -> str:
     """Write what the figures of the page on activations come from."""
     measured = figures('activations.json')
+    return f'{origin(measured)}; commit {measured["commit"]}.'
+
+
+def origin(measured: dict, packages: str = '') -> str:
+    """Write by which command, on what and how often something was timed."""
     return (f'`{measured["command"]}` on {measured["cpu"]} '
             f'({measured["cores"]} cores), threads: {measured["threads"]}; '
-            f'torch {measured["torch"]}; rounds: '
-            f'{measured["found"]["rounds"]}; commit {measured["commit"]}.')
+            f'torch {measured["torch"]}{packages}; rounds: '
+            f'{measured["found"]["rounds"]}')
 
 
 def judged(value: float, most: float | None = None) -> str:

@@ -1,11 +1,12 @@
 """Arguments of ``turn_on``: whether they are right, and what they name."""
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 __all__ = [
     'MODES', 'check_activations', 'check_mode', 'check_module',
-    'check_norm_eval', 'check_training_options', 'select'
+    'check_norm_eval', 'select', 'training_options'
 ]
 
 MODES = ('Train', 'Eval', 'Tune', 'Deploy')
@@ -50,14 +51,23 @@ def check_activations(activations: bool) -> None:
                          f'{activations!r}')
 
 
-def check_training_options(mode: str, norm_eval: bool | None,
-                           activations: bool) -> None:
-    """Raise a ValueError for what a callback cannot turn on in a training.
+def training_options(modules: str | Sequence[str] | None, mode: str,
+                     norm_eval: bool | None,
+                     activations: bool) -> dict[str, Any]:
+    """Check what a callback is to turn on in a training.
 
     Args:
+        modules (str | Sequence[str], optional): See :func:`mmtune.turn_on`;
+            looked up when the model is there.
         mode (str): Not Deploy, which changes keys of checkpoints.
         norm_eval (bool, optional): See :func:`mmtune.turn_on`.
         activations (bool): See :func:`mmtune.turn_on`.
+
+    Returns:
+        dict[str, Any]: Arguments of :func:`mmtune.turn_on`.
+
+    Raises:
+        ValueError: For a wrong argument.
     """
     name = check_mode(mode)
     check_norm_eval(name, norm_eval)
@@ -67,6 +77,8 @@ def check_training_options(mode: str, norm_eval: bool | None,
             "`mode` must not be 'Deploy' in a callback, since it folds for "
             'good and changes the keys of checkpoints; call '
             "mmtune.turn_on(model, 'Deploy') on the loaded model yourself")
+    return dict(modules=modules, mode=mode, norm_eval=norm_eval,
+                activations=activations)
 
 
 def select(model: nn.Module,

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from mmtune.api import NothingFound, turn_on
-from mmtune.arguments import check_training_options
+from mmtune.arguments import training_options
 
 try:
     from transformers import TrainerCallback
@@ -48,10 +48,7 @@ class TuneModeCallback(TrainerCallback):
                  mode: str = 'Tune',
                  norm_eval: bool | None = None,
                  activations: bool = True) -> None:
-        check_training_options(mode, norm_eval, activations)
-        self.options: dict[str, Any] = dict(
-            modules=modules, mode=mode, norm_eval=norm_eval,
-            activations=activations)
+        self.options = training_options(modules, mode, norm_eval, activations)
 
     def on_train_begin(self, args: Any, state: Any, control: Any,
                        model: nn.Module, **kwargs: Any) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from mmtune.behaviours.blocks import thread
 from mmtune.behaviours.remade import Call, add_spared
@@ -12,6 +11,7 @@ from mmtune.behaviours.saved import attach_scope, current_scope
 from mmtune.layers.activations import ActivationKind, activation_kind
 from mmtune.layers.code import patched
 from mmtune.utils.attach import Hook, Override, TunedRepr, attach, overridden
+from mmtune.utils.transforms import in_transform
 
 __all__ = ['activation_runs', 'attach_activations', 'find_activations']
 
@@ -110,10 +110,7 @@ def _takes_node(module: nn.Module, x: Tensor) -> bool:
     """Whether a node may run in the place of an operator."""
     if getattr(module, 'inplace', False) and (x.is_leaf or x._is_view()):
         return False
-    return (not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and torch._C._get_tracing_state() is None
-            and not torch._C._len_torch_function_stack())
+    return not in_transform() and not torch._C._len_torch_function_stack()
 
 
 def _attach(module: nn.Module) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 
 from mmtune.behaviours.blocks import (
@@ -42,6 +41,7 @@ from mmtune.utils.attach import (
     heal,
     run_last,
 )
+from mmtune.utils.transforms import in_transform
 
 __all__ = ['ConvState', 'attach_conv', 'inside_transform', 'why_not_defer']
 
@@ -220,9 +220,7 @@ def inside_transform() -> bool:
     """Whether something follows tensors that must meet stock modules."""
     if torch.compiler.is_compiling():
         return False
-    return (torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or torch._C._get_tracing_state() is not None
+    return (in_transform()
             or (nn.Module.__call__, nn.Module._call_impl) != CALL
             or torch._C._len_torch_function_stack() > 0
             and not all(type(mode).__module__.startswith('torch.')

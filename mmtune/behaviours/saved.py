@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmtune.behaviours.blocks import thread
@@ -30,6 +29,7 @@ from mmtune.behaviours.remade import (
     same,
 )
 from mmtune.utils.attach import Hook, attach
+from mmtune.utils.transforms import in_transform
 
 __all__ = ['Scope', 'attach_scope', 'current_scope', 'observer']
 
@@ -149,9 +149,7 @@ def current_scope() -> Scope | None:
 def _can_open() -> bool:
     return (torch.is_grad_enabled() and _top_hooks is not None
             and torch._C._autograd._saved_tensors_hooks_is_enabled()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and torch._C._get_tracing_state() is None)
+            and not in_transform())
 
 
 @Hook

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mmtune import native
 from mmtune.functional.geometry import Convolution, LinearMap
+from mmtune.utils.transforms import in_transform
 
 __all__ = [
     'Plan', 'fold', 'fold_and_run', 'fold_and_run_norm', 'native_geometry',
@@ -212,10 +212,7 @@ def native_node(*tensors: Tensor) -> Any:
     Returns:
         ModuleType | None: See :func:`mmtune.native.node`.
     """
-    if (torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or torch._C._get_tracing_state() is not None):
+    if torch.compiler.is_compiling() or in_transform():
         return None
     for tensor in tensors:
         if type(tensor) not in _PLAIN or not (tensor.is_cpu
