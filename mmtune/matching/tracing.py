@@ -169,18 +169,16 @@ class _BlockTracer(fx.Tracer):
     Args:
         branch (bool): The branch to take.
         guesses (_Guesses): Of this try.
-        wrap (Callable, optional): Makes of the first argument what the
-            forward gets in its place.
+        way (_Way): How the forward is called.
     """
 
-    def __init__(self, branch: bool, guesses: _Guesses,
-                 wrap: Callable | None) -> None:
+    def __init__(self, branch: bool, guesses: _Guesses, way: '_Way') -> None:
         super().__init__()
         # Else `self.counter += 1` would count the trace.
         self.proxy_buffer_attributes = True
         self.branch = branch
         self.guesses = guesses
-        self.wrap = wrap
+        self.way = way
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
@@ -195,10 +193,13 @@ class _BlockTracer(fx.Tracer):
             *args, **kwargs)
         # A forward branches on the values of arguments that have one.
         defaults = _defaults(type(self.root))
+        if self.way.gives_optional:
+            defaults = {name: default for name, default in defaults.items()
+                        if default is not None}
         given = [defaults.get(str(proxy.node.target), proxy)
                  for proxy in given]
-        if self.wrap is not None and given:
-            given[0] = self.wrap(given[0])
+        if self.way.wrap is not None and given:
+            given[0] = self.way.wrap(given[0])
         return function, [root, *given]
 
     def choose(self, options: tuple) -> Any:
@@ -228,10 +229,24 @@ def _tuple_of(count: int) -> Callable:
     return lambda proxy: tuple(proxy[i] for i in range(count))
 
 
-# What the first argument may be: a tensor, or several.
-_WRAPS: tuple[Callable | None, ...] = (
-    None, *[wrap(count) for count in LENGTHS[1:]
-            for wrap in (_tuple_of, _list_of)])
+class _Way(NamedTuple):
+    """How a forward is called.
+
+    Attributes:
+        wrap (Callable, optional): Makes of the first argument what the
+            forward gets in its place.
+        gives_optional (bool): Whether arguments are given whose default is
+            None.
+    """
+
+    wrap: Callable | None = None
+    gives_optional: bool = False
+
+
+# The first argument is a tensor, or several of them.
+_WAYS = (_Way(), *[_Way(wrap(count)) for count in LENGTHS[1:]
+                   for wrap in (_tuple_of, _list_of)],
+         _Way(gives_optional=True))
 
 
 # Their forwards change what a copy shares, such as the shards of FSDP.
@@ -268,12 +283,12 @@ def _trace_branch(block: nn.Module,
     """Trace one way; where it ends in an error, the first that does not."""
     first = None
     tries = nodes = 0
-    for wrap in _WRAPS:
+    for way in _WAYS:
         plan: list[int] | None = []
         while plan is not None:
             guesses = _Guesses(plan)
-            graph, error = _try(block, _BlockTracer(branch, guesses, wrap))
-            found = graph, bool(guesses.made) or wrap is not None, error
+            graph, error = _try(block, _BlockTracer(branch, guesses, way))
+            found = graph, bool(guesses.made) or way != _WAYS[0], error
             if error is None:
                 return found
             first = first or found

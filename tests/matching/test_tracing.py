@@ -105,6 +105,23 @@ class Ranges(Block):
         return x * len(rows)
 
 
+class NeedsOptional(nn.Module):
+    """As pytorchcv's DPN."""
+
+    class Inner(Block):
+
+        def forward(self, x, side=None):
+            assert side is not None
+            return self.pair(x) + side
+
+    def __init__(self):
+        super().__init__()
+        self.inner = NeedsOptional.Inner()
+
+    def forward(self, x):
+        return self.inner(x, x)
+
+
 FOUND = {
     'length of a shape': (LengthOfShape, None),
     'a size as a number': (SizeAsNumber, None),
@@ -114,6 +131,7 @@ FOUND = {
     'keywords': (Keywords, None),
     'keywords passed on': (PassesKeywords, None),
     'raises': (Raises, None),
+    'an optional argument that it needs': (NeedsOptional, None),
     'ranges': (Ranges, None),
 }
 
