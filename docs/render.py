@@ -182,10 +182,23 @@ def kept() -> str:
     record, = (r for r in records
                if r['benchmark'] == 'kept' and r['device'] == 'CPU')
     modes = ('Eval', 'MMEngine', 'Tune', 'Deploy')
-    rows = [(row['case']['backbone'],
+    rows = [(row['case']['backbone'], unbroken(row['case']['input']),
              *(f'{row["values"][mode][0] / MIB:.1f}' for mode in modes))
             for row in record['rows']]
-    return table(('backbone', *modes), rows)
+    return table(('backbone', 'images', *modes), rows)
+
+
+def ways() -> str:
+    """Write what a block keeps in each of the ways that there are."""
+    counted = figures('ways.json')
+    activations = list(counted['rows']['stock'])
+    rows = [(way, *(f'{counts[name]:.2f}' for name in activations))
+            for way, counts in counted['rows'].items()]
+    return table(('maps that a block keeps', *(
+        f'with {name}' for name in activations)), rows) + (
+        f'\n\n`{counted["command"]}`, blocks of 64 channels and maps of '
+        f'{counted["size"]} x {counted["size"]}; torch {counted["torch"]}; '
+        f'commit {counted["commit"]}.')
 
 
 def combinations() -> str:
@@ -207,7 +220,7 @@ def libraries() -> str:
     """Write what a step of other libraries' models saves."""
     measured = figures('libraries.json')
     rows = [(row['name'], row['package'],
-             f'{row["batch"]} x 3 x {row["size"]} x {row["size"]}',
+             unbroken(f'{row["batch"]} x 3 x {row["size"]} x {row["size"]}'),
              *(mib(row[mode][figure]) for figure in ('kept', 'peak')
                for mode in ('Eval', 'Tune')),
              '{1:.2f} ({0:.2f}-{2:.2f})'.format(*row['time']))
@@ -364,6 +377,11 @@ def read_sweeps() -> dict[str, dict]:
     return json.loads((DOCS / 'sweeps.json').read_text())
 
 
+def unbroken(shape: str) -> str:
+    """Write a shape so that no cell breaks it into lines."""
+    return shape.replace(' x ', '×')
+
+
 def mib(n_bytes: int | None) -> str:
     """Write bytes in MiB, or that there is no figure."""
     return '' if n_bytes is None else f'{n_bytes / MIB:.1f}'
@@ -402,7 +420,8 @@ TABLES = {
         'time': activations_time,
         'origin': activations_origin,
     },
-    'comparison.md': {'kept': kept, 'combinations': combinations},
+    'comparison.md': {'ways': ways, 'kept': kept,
+                      'combinations': combinations},
     'index.md': {'savings': savings},
     'libraries.md': {'libraries': libraries},
     'sweeps.md': {'sweeps': sweeps, 'left out': left_out, 'skipped': skipped,

@@ -731,7 +731,9 @@ def table_of(record: dict) -> tuple[list[str], list[list[str]]]:
         return f'{median:.3f}{spread}'
 
     return titles, [[
-        *map(str, row['case'].values()), *(value(row, m) for m in modes),
+        # A shape in one word, which no table breaks into lines.
+        *(str(part).replace(' x ', '×') for part in row['case'].values()),
+        *(value(row, m) for m in modes),
         *(ratio(row, name) for name in ratios)
     ] for row in rows]
 
