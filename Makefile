@@ -63,11 +63,12 @@ sweep: env
 	.venv/bin/python docs/render.py
 
 # Trains with a library's own trainer, against stock: `make train LIB=mmpose`
-# (or mmpretrain, mmseg, mmyolo).
+# (or mmpretrain, mmseg, mmyolo, ultralytics).
 train: env
 	@.venv/bin/python -m tests.sweeps.environment $(LIB)
 	.venv-sweeps/$(LIB)/bin/python -m pytest -k $(LIB) \
-	    tests/integrations/test_openmmlab.py
+	    tests/integrations/test_openmmlab.py \
+	    tests/integrations/test_ultralytics.py
 
 # Measures every figure of docs/en/reproduction.md anew.
 reproduce: env
