@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist worksteal
 
-.PHONY: env demo test test-core test-callbacks test-all sweep
+.PHONY: env demo test test-core test-callbacks test-all sweep train
 .PHONY: reproduce lint docs wheel clean
 
 env:
@@ -61,6 +61,14 @@ sweep: env
 	@.venv/bin/python -m tests.sweeps.environment $(LIB)
 	OMP_NUM_THREADS=1 .venv-sweeps/$(LIB)/bin/python -m tests.sweeps $(LIB)
 	.venv/bin/python docs/render.py
+
+# Trains with a library's own trainer, against stock: `make train LIB=mmpose`
+# (or mmpretrain, mmseg, mmyolo, ultralytics).
+train: env
+	@.venv/bin/python -m tests.sweeps.environment $(LIB)
+	.venv-sweeps/$(LIB)/bin/python -m pytest -k $(LIB) \
+	    tests/integrations/test_openmmlab.py \
+	    tests/integrations/test_ultralytics.py
 
 # Measures every figure of docs/en/reproduction.md anew.
 reproduce: env

@@ -90,16 +90,17 @@ def check_config(config):
 
 
 # `make test` does without them.
-OTHER_LIBRARIES = {'lightning', 'timm', 'torchvision', 'transformers',
-                   'ultralytics'}
+OTHER_LIBRARIES = {'lightning', 'mmpose', 'mmpretrain', 'mmseg', 'mmyolo',
+                   'timm', 'torchvision', 'transformers', 'ultralytics'}
 
 
 def packages_of(block):
-    """Packages that a block of Python imports."""
+    """Packages that a block of Python imports, or whose configs it takes."""
     modules = [module for node in ast.walk(ast.parse(block))
                if isinstance(node, (ast.Import, ast.ImportFrom))
                for module in ([node.module] if isinstance(
                    node, ast.ImportFrom) else [a.name for a in node.names])]
+    modules += re.findall(r"^_base_ = '(\w+)::", block, re.MULTILINE)
     return {module.partition('.')[0] for module in modules}
 
 
