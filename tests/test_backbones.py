@@ -82,7 +82,8 @@ def test_backbone_equals_stock(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    'ResNet-50', 'ResNeXt-50', 'RegNetX-400MF', 'HRNetV2-W18', 'MobileNetV2'
+    'ResNet-50', 'ResNeXt-50', 'RegNetX-400MF', 'MobileNetV2',
+    pytest.param('HRNetV2-W18', marks=pytest.mark.exhaustive)
 ])
 def test_keeps_what_deploy_keeps(name):
     kept = {}
@@ -114,7 +115,9 @@ def test_only_the_input_learns():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['ResNet-18', 'MobileNetV2'])
+@pytest.mark.parametrize('name', [
+    'ResNet-18', pytest.param('MobileNetV2', marks=pytest.mark.exhaustive)
+])
 def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -261,6 +261,13 @@ class _AdaptiveStandardizedConvolution(_Convolution):
         return conv._get_weight(conv.weight)
 
 
+class _MaskedConvolution(_Convolution):
+    """pytorchcv's ``XConv2d``: leaves most of its input channels out."""
+
+    def weight(self, conv):
+        return conv.weight.mul(conv.mask)
+
+
 class _DeformableConvolution(ConvKind):
     """MMCV's ``DeformConv2d``, which has no bias of its own."""
 
@@ -313,7 +320,7 @@ class _Trident(ConvKind):
 _TRIDENT_BRANCH = _TridentBranch()
 
 
-# Types of mmcv and mmdet are named, not imported: mmtune works without.
+# Types of other packages are named, not imported: mmtune works without.
 CONV_KINDS: dict[str, ConvKind] = {
     'torch.nn.modules.conv.Conv1d': _Convolution(),
     'torch.nn.modules.conv.Conv2d': _Convolution(),
@@ -332,6 +339,7 @@ CONV_KINDS: dict[str, ConvKind] = {
     'mmcv.cnn.bricks.conv_ws.ConvWS2d': _StandardizedConvolution(),
     'mmcv.cnn.bricks.conv_ws.ConvAWS2d': _AdaptiveStandardizedConvolution(),
     'mmdet.models.backbones.trident_resnet.TridentConv': _Trident(),
+    'pytorchcv.models.xdensenet.XConv2d': _MaskedConvolution(),
     'mmcv.ops.deform_conv.DeformConv2d': _DeformableConvolution(),
     'mmcv.ops.deform_conv.DeformConv2dPack': _DeformableConvolution(),
     'mmcv.ops.modulated_deform_conv.ModulatedDeformConv2d': ConvKind(),

@@ -121,8 +121,18 @@ def test_only_tune_mode_keys_differ_from_the_eval_twin(path):
     assert without_tune_mode(tune) == twin.to_dict()
 
 
+def distinct_models():
+    """Configs whose model another has as well are left to the whole run."""
+    seen = []
+    for path in TUNE_CONFIGS:
+        model = Config.fromfile(path).model
+        marks = [pytest.mark.exhaustive] if model in seen else []
+        seen.append(model)
+        yield pytest.param(path, id=path.stem, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('path', TUNE_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', distinct_models())
 def test_a_step_in_tune_mode_equals_the_eval_twins(path):
     model = build_detector(Config.fromfile(eval_twin(path)))
     norms = [
