@@ -9,9 +9,6 @@ from torch import distributed, nn
 from tests import zoo
 
 SIZES = (64, 128, 224, 256)
-# MMPose reads annotations with it.
-XTCOCOTOOLS = ('xtcocotools', 'xtcocotools.coco', 'xtcocotools.cocoeval',
-               'xtcocotools.mask')
 
 
 def functions(package: str,

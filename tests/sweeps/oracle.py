@@ -269,9 +269,9 @@ def turn_on_if_any(model: nn.Module) -> dict[str, str]:
 
 def describe(error: Exception) -> str:
     """Say an error in a line."""
-    said = str(error).strip() or traceback.format_tb(
-        error.__traceback__)[-1].strip().rpartition('\n')[2].strip()
-    line = said.partition('\n')[0]
+    line = str(error).strip().partition('\n')[0]
+    if not line and error.__traceback__:
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ''
     # Where it lies on this machine says nothing.
     line = re.sub(r'/\S*/site-packages/', '', line)
     return f'{type(error).__name__}: {line}'[:200]

@@ -10,7 +10,9 @@ REQUIREMENTS = ('mmpretrain==1.2.0', 'ftfy==6.3.1', 'json-tricks==3.17.3',
 ALONE = ('mmpose==1.3.2', )
 SIZES = openmmlab.SIZES
 names, build, inputs_of_part = openmmlab.functions(
-    'mmpose', absent=openmmlab.XTCOCOTOOLS)
+    'mmpose',
+    absent=('xtcocotools', 'xtcocotools.coco', 'xtcocotools.cocoeval',
+            'xtcocotools.mask'))
 # Poses of the clips that its networks for video take.
 FRAMES = 243
 
@@ -31,7 +33,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
                         size // 4),
     side = size // 8
     width, height = getattr(model, 'in_featuremap_size', (side, side))
-    last = torch.randn(2, channels, height, width)
     if name.startswith('RTMWHead'):
-        return (torch.randn(2, channels // 2, 2 * height, 2 * width), last),
-    return (last, ),
+        return (torch.randn(2, model.in_channels // 2, 2 * height, 2 * width),
+                torch.randn(2, model.in_channels, height, width)),
+    return (torch.randn(2, channels, height, width), ),

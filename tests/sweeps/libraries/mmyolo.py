@@ -4,12 +4,11 @@ from torch import nn
 from tests import zoo
 from tests.sweeps import openmmlab
 
-REQUIREMENTS = ('mmpretrain==1.2.0', 'ftfy==6.3.1', 'json-tricks==3.17.3',
-                'munkres==3.0.0', 'prettytable==3.18.0', 'torchvision==0.28.0')
-ALONE = ('mmyolo==0.6.0', 'mmpose==1.3.2')
+REQUIREMENTS = ('prettytable==3.18.0', 'torchvision==0.28.0')
+ALONE = ('mmyolo==0.6.0', )
 SIZES = openmmlab.SIZES
 names, build, inputs_of_part = openmmlab.functions(
-    'mmyolo', absent=openmmlab.XTCOCOTOOLS, told=dict(mmcv='2.0.1'))
+    'mmyolo', told=dict(mmcv='2.0.1'))
 
 # Their `in_channels` are those of the widest network.
 UNSCALED = ('YOLOv5PAFPN', 'YOLOv6', 'YOLOv8PAFPN')
@@ -21,6 +20,8 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     channels = getattr(model, 'head_module', model).in_channels
     if isinstance(channels, int):
         channels = [channels] * model.num_levels
-    elif '(neck' in name and name.startswith(UNSCALED):
+    elif hasattr(model, 'extra_in_channel'):
+        channels = [model.extra_in_channel, *channels]
+    if '(neck' in name and name.startswith(UNSCALED):
         channels = [int(c * model.widen_factor) for c in channels]
     return zoo.maps(channels, size // 4),
