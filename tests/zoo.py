@@ -81,7 +81,9 @@ def collect(package: str, roles: tuple[str, ...] = ROLES) -> Zoo:
         except Exception as error:  # a config is code
             missing[source] = error.with_traceback(None)
             continue
-        for role, settings in _parts(config.get('model')):
+        scope = config.get('default_scope') or package
+        scope = None if scope == package else dict(_scope_=scope)
+        for role, settings in _parts(config.get('model'), scope=scope):
             if role not in roles:
                 continue
             architecture = json.dumps([role, _architecture(settings)])
@@ -178,8 +180,9 @@ def _skeleton(part: Part) -> nn.Module:
 
 def _module(part: Part) -> nn.Module:
     settings = part.settings.copy()
-    if 'pretrained' in settings:
-        settings['pretrained'] = None
+    if settings.get('pretrained'):
+        is_flag = settings['pretrained'] is True
+        settings['pretrained'] = False if is_flag else None
     settings.pop('init_cfg', None)
     models = registry(part.package)
     with DefaultScope.overwrite_default_scope(part.package):

@@ -32,7 +32,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
                 torch.randn(2, channels, 1, 7, 7), rois)
     if name.startswith('RGBPoseConv3D'):
         return (torch.randn(2, 3, FRAMES // 2, size, size),
-                torch.randn(2, 17, 2 * FRAMES, size, size))
+                torch.randn(2, 17, 2 * FRAMES, size // 4, size // 4))
     if name.startswith('C2D') or (
             '(backbone' in name and isinstance(first, nn.Conv3d)):
         return torch.randn(2, first.in_channels, FRAMES, size, size),
