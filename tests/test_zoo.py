@@ -56,7 +56,7 @@ def test_what_cannot_be_had_here(package, subtests):
     """Skips, with its reason, what the tests above do not sweep."""
     for name, reason in collect(package).missing.items():
         with subtests.test(name):
-            pytest.skip(reason)
+            pytest.skip(f'{type(reason).__name__}: {reason}')
 
 
 def collect(package):

@@ -20,6 +20,8 @@ ROLES = ('backbone', 'neck', 'head')
 # First weights, losses and what is done with the outputs.
 NO_ARCHITECTURE = ('init_cfg', 'pretrained', 'train_cfg', 'test_cfg',
                    'bbox_coder')
+# What a head makes several of, each with settings of its own.
+COPIED = ('separate_head', )
 
 
 @dataclasses.dataclass
@@ -56,29 +58,34 @@ class Zoo(NamedTuple):
     Attributes:
         normalized (list[Part]): The parts with running statistics that
             differ in architecture, the smallest first.
-        missing (dict[str, str]): Configs that cannot be read and parts that
-            cannot be built, each with the reason.
+        missing (dict[str, Exception]): Configs that cannot be read and parts
+            that cannot be built, each with the reason.
     """
 
     normalized: list[Part]
-    missing: dict[str, str]
+    missing: dict[str, Exception]
 
 
 @functools.cache
-def collect(package: str) -> Zoo:
+def collect(package: str, roles: tuple[str, ...] = ROLES) -> Zoo:
     """Gather the parts of all configs that a package is installed with."""
     root = Path(importlib.import_module(package).__file__).parent
     root = root / '.mim' / 'configs'
     parts: dict[str, Part] = {}
     missing = {}
-    for path in sorted(root.rglob('*.py')):
-        source = str(path.relative_to(root))
+    sources = [str(path.relative_to(root)) for path in root.rglob('*.py')]
+    for source in sorted(sources, key=lambda path: (_is_base(path), path)):
         try:
-            config = Config.fromfile(path, import_custom_modules=False)
+            config = Config.fromfile(root / source,
+                                     import_custom_modules=False)
         except Exception as error:  # a config is code
-            missing[source] = _reason(error)
+            missing[source] = error.with_traceback(None)
             continue
-        for role, settings in _parts(config.get('model')):
+        scope = config.get('default_scope') or package
+        scope = None if scope == package else dict(_scope_=scope)
+        for role, settings in _parts(config.get('model'), scope=scope):
+            if role not in roles:
+                continue
             architecture = json.dumps([role, _architecture(settings)])
             parts.setdefault(architecture,
                              Part(package, role, settings, source))
@@ -87,7 +94,8 @@ def collect(package: str) -> Zoo:
         try:
             skeleton = _skeleton(part)
         except Exception as error:  # stock code: whatever it lacks here
-            missing[str(part)] = _reason(error)
+            if not _is_base(part.source):
+                missing[str(part)] = error.with_traceback(None)
             continue
         if norms(skeleton):
             part.skeleton = skeleton
@@ -109,24 +117,28 @@ def sample(parts: Sequence[Part]) -> list[Part]:
     return chosen
 
 
-def _reason(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'
+def _is_base(source: str) -> bool:
+    """Whether a config is there for others, and may leave settings open."""
+    return '_base_' in source
 
 
-def _parts(config: Any, key: str = '') -> Iterator[tuple[str, dict]]:
+def _parts(config: Any, key: str = '',
+           scope: dict | None = None) -> Iterator[tuple[str, dict]]:
     """Backbones, necks, and heads that are not made of heads themselves."""
     if isinstance(config, (list, tuple)):
         for item in config:
-            yield from _parts(item, key)
+            yield from _parts(item, key, scope)
     elif isinstance(config, dict):
+        if '_scope_' in config:
+            scope = dict(_scope_=config['_scope_'])
         role = key.rpartition('_')[2]
         inner = [
-            part for name, value in config.items()
-            for part in _parts(value, name)
+            part for name, value in config.items() if name not in COPIED
+            for part in _parts(value, name, scope)
         ]
         whole = role in ('backbone', 'neck') or role == 'head' and not inner
         if whole and 'type' in config:
-            yield role, config
+            yield role, {**config, **(scope or {})}
         else:
             yield from inner
 
@@ -159,13 +171,18 @@ def registry(package: str) -> Registry:
 def _skeleton(part: Part) -> nn.Module:
     # Constructors read the rates of dropped paths from such a tensor.
     linspace = functools.partial(torch.linspace, device='cpu')
-    with torch.device('meta'), mock.patch('torch.linspace', linspace):
-        return _module(part)
+    try:
+        with torch.device('meta'), mock.patch('torch.linspace', linspace):
+            return _module(part)
+    except NotImplementedError:  # its constructor copies what it has built
+        return _module(part).to('meta')
 
 
 def _module(part: Part) -> nn.Module:
     settings = part.settings.copy()
-    settings.pop('pretrained', None)
+    if settings.get('pretrained'):
+        is_flag = settings['pretrained'] is True
+        settings['pretrained'] = False if is_flag else None
     settings.pop('init_cfg', None)
     models = registry(part.package)
     with DefaultScope.overwrite_default_scope(part.package):
@@ -220,12 +237,12 @@ def inputs(part: Part, module: nn.Module, size: int) -> tuple:
     torch.manual_seed(1)
     channels = part.settings.get('in_channels')
     if part.role == 'backbone':
-        return _maps([channels or 3], size)
+        return maps([channels or 3], size)
     if part.role == 'neck':
         # YOLOV3Neck lists the deepest first, and takes it last.
         channels = sorted(_as_list(channels))
-        image = _maps([3], size) if part.type == 'RFP' else ()
-        return image + _maps(channels, size // 4),
+        image = maps([3], size) if part.type == 'RFP' else ()
+        return image + maps(channels, size // 4),
     return _head_inputs(module, channels, size)
 
 
@@ -237,11 +254,11 @@ def _head_inputs(head: nn.Module, channels: Any, size: int) -> tuple:
     if levels is not None:
         if isinstance(channels, int):
             channels = [channels] * levels
-        return _maps(channels, size // 4),
+        return maps(channels, size // 4),
     roi_size = _as_list(getattr(head, 'roi_feat_size', 14))[0]
     return tuple(
         torch.randn(2, channels, dtype=torch.float64) if name ==
-        'proposal_feat' else _maps([channels], roi_size)[0]
+        'proposal_feat' else maps([channels], roi_size)[0]
         for name in inspect.signature(head.forward).parameters)
 
 
@@ -254,7 +271,7 @@ def _levels(head: nn.Module) -> int | None:
     return getattr(head, 'num_feat_levels', None)
 
 
-def _maps(channels: Sequence[int], size: int) -> tuple[Tensor, ...]:
+def maps(channels: Sequence[int], size: int) -> tuple[Tensor, ...]:
     """Feature maps of a batch, each half as large as the one before.
 
     Two images: of one, torch 2.13's own BatchNorm gives wrong gradients on

@@ -1,6 +1,8 @@
 """Compare a network in Tune mode with stock, and count what is fused."""
 import dataclasses
 import random
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
@@ -268,4 +270,8 @@ def turn_on_if_any(model: nn.Module) -> dict[str, str]:
 def describe(error: Exception) -> str:
     """Say an error in a line."""
     line = str(error).strip().partition('\n')[0]
+    if not line and error.__traceback__:
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ''
+    # Where it lies on this machine says nothing.
+    line = re.sub(r'/\S*/site-packages/', '', line)
     return f'{type(error).__name__}: {line}'[:200]
