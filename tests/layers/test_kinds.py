@@ -386,6 +386,28 @@ def test_a_kind_of_ones_own(monkeypatch):
     assert 'CONV_KINDS[' in convolutions.__doc__
 
 
+class Masked(nn.Conv2d):
+    """Computes what pytorchcv's XConv2d does."""
+
+    def __init__(self):
+        super().__init__(4, 6, 3)
+        self.mask = nn.Parameter(
+            torch.eye(6, 4)[..., None, None].expand_as(self.weight).clone(),
+            requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight.mul(self.mask), self.bias)
+
+
+def test_a_masked_weight(monkeypatch):
+    monkeypatch.setitem(CONV_KINDS, f'{__name__}.Masked',
+                        CONV_KINDS['pytorchcv.models.xdensenet.XConv2d'])
+    model = prepared(nn.Sequential(Masked(), nn.BatchNorm2d(6)))
+    stock = stock_copy(model)
+    assert not turn_on(model).left_out
+    compare(model, stock, SHAPE, 'fused')
+
+
 class PaddedTwice(nn.Sequential):
     """Padded by a convolution, after an operator that autocast runs in half.
 
