@@ -33,7 +33,11 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     if hasattr(model, 'noise_size'):
         noise = torch.randn(2, model.noise_size)
         classes = getattr(model, 'num_classes', None)
-        return (noise, torch.randint(classes, (2, ))) if classes else (noise, )
+        if not classes:
+            return noise,
+        label = torch.randint(classes, (2, ))
+        by_place = (label, ) if name.startswith('BigGAN') else (0, label)
+        return noise, *by_place
     if name.startswith('SinGANMultiScaleDiscriminator'):
         return torch.randn(2, 3, size, size), len(model.blocks) - 1
     if name.startswith('SinGAN'):
