@@ -154,6 +154,41 @@ def check_account(stock, model, report, eligible, fused):
 
 
 # --------------------------------------------------------------------------
+# Parts of a config
+# --------------------------------------------------------------------------
+
+HEAD = dict(type='Head')
+# name: a model in a config, the parts that are found in it
+PARTS = {
+    'a part': (dict(neck=HEAD), [('neck', HEAD)]),
+    'of a detector inside': (dict(detector=dict(backbone=HEAD)),
+                             [('backbone', HEAD)]),
+    'heads in a head': (dict(roi_head=dict(type='RoI', bbox_head=[HEAD])),
+                        [('head', HEAD)]),
+    'what a head makes several of': (
+        dict(bbox_head=dict(type='Center', separate_head=HEAD)),
+        [('head', dict(type='Center', separate_head=HEAD))]),
+    'of another package': (
+        dict(_scope_='mmdet', neck=HEAD),
+        [('neck', dict(type='Head', _scope_='mmdet'))]),
+    'no role': (dict(data_preprocessor=HEAD), []),
+}
+
+
+@pytest.mark.parametrize('case', PARTS.values(), ids=PARTS)
+def test_finds_parts(case):
+    config, parts = case
+    assert list(zoo._parts(config, zoo.ROLES)) == parts
+
+
+def test_builds_without_weights():
+    settings = dict(pretrained=True, flow=[dict(flow_pretrained='a.pth')],
+                    depth=50)
+    assert zoo._without_weights(settings) == dict(
+        pretrained=False, flow=[dict(flow_pretrained=None)], depth=50)
+
+
+# --------------------------------------------------------------------------
 # The count itself, where the truth is known
 # --------------------------------------------------------------------------
 

@@ -83,9 +83,7 @@ def collect(package: str, roles: tuple[str, ...] = ROLES) -> Zoo:
             continue
         scope = config.get('default_scope') or package
         scope = None if scope == package else dict(_scope_=scope)
-        for role, settings in _parts(config.get('model'), scope=scope):
-            if role not in roles:
-                continue
+        for role, settings in _parts(config.get('model'), roles, scope=scope):
             architecture = json.dumps([role, _architecture(settings)])
             parts.setdefault(architecture,
                              Part(package, role, settings, source))
@@ -122,21 +120,21 @@ def _is_base(source: str) -> bool:
     return '_base_' in source
 
 
-def _parts(config: Any, key: str = '',
+def _parts(config: Any, roles: tuple[str, ...], key: str = '',
            scope: dict | None = None) -> Iterator[tuple[str, dict]]:
     """Backbones, necks, and heads that are not made of heads themselves."""
     if isinstance(config, (list, tuple)):
         for item in config:
-            yield from _parts(item, key, scope)
+            yield from _parts(item, roles, key, scope)
     elif isinstance(config, dict):
         if '_scope_' in config:
             scope = dict(_scope_=config['_scope_'])
         role = key.rpartition('_')[2]
         inner = [
             part for name, value in config.items() if name not in COPIED
-            for part in _parts(value, name, scope)
+            for part in _parts(value, roles, name, scope)
         ]
-        whole = role in ('backbone', 'neck') or role == 'head' and not inner
+        whole = role in roles and not (role == 'head' and inner)
         if whole and 'type' in config:
             yield role, {**config, **(scope or {})}
         else:
@@ -178,11 +176,24 @@ def _skeleton(part: Part) -> nn.Module:
         return _module(part).to('meta')
 
 
+def _without_weights(settings: Any) -> Any:
+    """A copy of settings, for a constructor to change, with no download."""
+    if isinstance(settings, (list, tuple)):
+        return type(settings)(map(_without_weights, settings))
+    if isinstance(settings, dict):
+        return type(settings)({
+            key: _nothing(value) if key.endswith('pretrained') else
+            _without_weights(value) for key, value in settings.items()
+        })
+    return settings
+
+
+def _nothing(pretrained: Any) -> bool | None:
+    return False if isinstance(pretrained, bool) else None
+
+
 def _module(part: Part) -> nn.Module:
-    settings = part.settings.copy()
-    if settings.get('pretrained'):
-        is_flag = settings['pretrained'] is True
-        settings['pretrained'] = False if is_flag else None
+    settings = _without_weights(part.settings)
     settings.pop('init_cfg', None)
     models = registry(part.package)
     with DefaultScope.overwrite_default_scope(part.package):

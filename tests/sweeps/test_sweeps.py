@@ -231,6 +231,22 @@ def test_what_cannot_be_compared(make, state, detail):
     assert detail in outcome.detail
 
 
+def gives_no_reason():
+    raise AssertionError
+
+
+def lacks_a_file():
+    raise OSError('no /home/me/lib/site-packages/package/weights.pth')
+
+
+@pytest.mark.parametrize('make, line', [
+    (gives_no_reason, 'AssertionError: raise AssertionError'),
+    (lacks_a_file, 'OSError: no package/weights.pth'),
+])
+def test_a_reason_says_what_and_nothing_of_the_machine(make, line):
+    assert compare(make).detail == line
+
+
 # --------------------------------------------------------------------------
 # Processes
 # --------------------------------------------------------------------------
