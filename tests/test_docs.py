@@ -327,8 +327,9 @@ def test_tables_are_what_the_figures_make(name):
     assert (DOCS / name).read_text() == render['page'](name)
 
 
-def test_drawing_is_what_the_script_draws():
-    assert render['DRAWING'].read_text() == render['drawing']()
+@pytest.mark.parametrize('name', render['DRAWINGS'])
+def test_drawings_are_what_the_script_draws(name):
+    assert (DOCS / '_static' / name).read_text() == render['DRAWINGS'][name]()
 
 
 # --------------------------------------------------------------------------
