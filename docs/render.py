@@ -1,8 +1,9 @@
-"""Write what the site shows from figures: the drawing, and the tables.
+"""Write what the site shows: the drawings, and the tables of figures.
 
-``python docs/render.py`` draws the block of the first page, and writes the
-tables between the markers of the pages from the JSON files beside them. The
-tests check that what is committed is what this writes.
+``python docs/render.py`` draws the block of the first page and the call of
+"How it works", and writes the tables between the markers of the pages from
+the JSON files beside them. The tests check that what is committed is what
+this writes.
 """
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).resolve().parent / 'en'
-DRAWING = DOCS / '_static' / 'block.svg'
 MIB = 2**20
 
 
@@ -57,26 +57,32 @@ def drawing() -> str:
     Returns:
         str: An SVG file, as wide as a phone can show.
     """
-    height = LEGEND_HEIGHT + ROW_HEIGHT * len(ROWS)
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} "
-        f"{height}' role='img' {FONT} font-size='16'>",
-        '<title>What a block keeps for backward in each mode</title>',
-        "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' "
-        "markerWidth='8' markerHeight='8' orient='auto'>"
-        f"<path d='M0 0L8 4L0 8z' fill='{GREY}'/></marker></defs>",
-    ]
+    parts: list[str] = []
     for index, row in enumerate(ROWS):
         parts += draw_row(row, index * ROW_HEIGHT)
     parts += draw_legend(ROW_HEIGHT * len(ROWS) + 6)
-    return '\n'.join([*parts, '</svg>', ''])
+    return svg('What a block keeps for backward in each mode',
+               LEGEND_HEIGHT + ROW_HEIGHT * len(ROWS), parts)
+
+
+def svg(title: str, height: int, parts: Iterable[str]) -> str:
+    """Put the parts of a drawing together, as wide as all of them."""
+    return '\n'.join([
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} "
+        f"{height}' role='img' {FONT} font-size='16'>",
+        f'<title>{title}</title>',
+        "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' "
+        "markerWidth='8' markerHeight='8' orient='auto'>"
+        f"<path d='M0 0L8 4L0 8z' fill='{GREY}'/></marker></defs>",
+        *parts,
+        '</svg>',
+        '',
+    ])
 
 
 def draw_row(row: Row, top: int) -> Iterator[str]:
     """Draw one mode: its name and caption, and the block below."""
-    yield (f"<text x='0' y='{top + 18}' fill='{GREY}'>"
-           f"<tspan font-weight='bold' font-size='18'>{row.mode}</tspan>"
-           f"<tspan dx='10'>{row.caption}</tspan></text>")
+    yield heading(row.mode, row.caption, top)
     n_maps = sum(isinstance(step, Map) for step in row.steps)
     n_operations = len(row.steps) - n_maps
     room = WIDTH - n_maps * MAP_WIDTH - (len(row.steps) - 1) * ARROW
@@ -84,29 +90,47 @@ def draw_row(row: Row, top: int) -> Iterator[str]:
     for index, step in enumerate(row.steps):
         if index:
             middle = y + BOX_HEIGHT // 2
-            yield (f"<path d='M{x + 3} {middle}H{x + ARROW - 3}' "
-                   f"stroke='{GREY}' stroke-width='2' "
-                   "marker-end='url(#tip)'/>")
+            yield arrow(x + 3, middle, x + ARROW - 3, middle)
             x += ARROW
         if isinstance(step, Map):
             yield from draw_map(step.name, step.kept, x, y)
             x += MAP_WIDTH
         else:
             width = room // n_operations
-            yield (f"<rect x='{x}' y='{y}' width='{width}' "
-                   f"height='{BOX_HEIGHT}' rx='4' fill='{OPERATION}'/>")
-            yield centred(step, x + width // 2, y, '#fff')
+            yield from draw_operation(step, x, y, width)
             x += width
 
 
-def draw_map(name: str, kept: bool, x: int, y: int) -> Iterator[str]:
+def heading(name: str, caption: str, top: int) -> str:
+    """Write a name in bold, and what there is to say of it."""
+    return (f"<text x='0' y='{top + 18}' fill='{GREY}'>"
+            f"<tspan font-weight='bold' font-size='18'>{name}</tspan>"
+            f"<tspan dx='10'>{caption}</tspan></text>")
+
+
+def arrow(x: int, y: int, to_x: int, to_y: int) -> str:
+    """Draw an arrow, level or upright."""
+    end = f'H{to_x}' if y == to_y else f'V{to_y}'
+    return (f"<path d='M{x} {y}{end}' stroke='{GREY}' stroke-width='2' "
+            "marker-end='url(#tip)'/>")
+
+
+def draw_operation(name: str, x: int, y: int, width: int) -> Iterator[str]:
+    """Draw what computes something, with its name inside."""
+    yield (f"<rect x='{x}' y='{y}' width='{width}' "
+           f"height='{BOX_HEIGHT}' rx='4' fill='{OPERATION}'/>")
+    yield centred(name, x + width // 2, y, '#fff')
+
+
+def draw_map(name: str, kept: bool, x: int, y: int,
+             width: int = MAP_WIDTH) -> Iterator[str]:
     """Draw a feature map: full where it is kept, an outline where not."""
     look = (f"fill='{KEPT}'" if kept else
             f"fill='none' stroke='{GREY}' stroke-width='1.5' "
             "stroke-dasharray='4 3'")
-    yield (f"<rect x='{x + 1}' y='{y + 1}' width='{MAP_WIDTH - 2}' "
+    yield (f"<rect x='{x + 1}' y='{y + 1}' width='{width - 2}' "
            f"height='{BOX_HEIGHT - 2}' rx='4' {look}/>")
-    yield centred(name, x + MAP_WIDTH // 2, y, '#fff' if kept else GREY)
+    yield centred(name, x + width // 2, y, '#fff' if kept else GREY)
 
 
 def centred(text: str, x: int, y: int, colour: str) -> str:
@@ -125,6 +149,76 @@ def draw_legend(y: int) -> Iterator[str]:
         yield (f"<rect x='{x}' y='{y}' width='22' height='18' rx='3' "
                f'{look}/>')
         yield f"<text x='{x + 30}' y='{y + 15}' fill='{GREY}'>{text}</text>"
+
+
+# --------------------------------------------------------------------------
+# The drawing of a call
+# --------------------------------------------------------------------------
+
+# Where the columns begin: a map, the convolution, the promise, the fold.
+COLUMNS = (0, 80, 208, 388)
+CALL_HEIGHT = 340
+
+
+def call_drawing() -> str:
+    """Draw one call of a block in Tune mode, and its backward below.
+
+    Returns:
+        str: An SVG file, as wide as that of the block.
+    """
+    return svg('One call of a block in Tune mode, and its backward',
+               CALL_HEIGHT, [
+                   heading('Forward', 'conv(X), then bn(promise)', 0),
+                   *draw_forward(30),
+                   heading('Backward', "reads X and w, makes w' again", 154),
+                   *draw_backward(184),
+                   *draw_legend(CALL_HEIGHT - 28),
+               ])
+
+
+def draw_forward(top: int) -> Iterator[str]:
+    """Draw the calls in one row, and what then runs back in the next."""
+    first, conv, promise, fold = COLUMNS
+    middle, below = top + BOX_HEIGHT // 2, top + BOX_HEIGHT + ARROW
+    yield from draw_map('X', True, first, top)
+    yield arrow(first + MAP_WIDTH + 3, middle, conv - 3, middle)
+    yield from draw_operation('conv', conv, top, promise - ARROW - conv)
+    yield arrow(promise - ARROW + 3, middle, promise - 3, middle)
+    yield from draw_map('promise, holds X', False, promise, top,
+                        fold - ARROW - promise)
+    yield arrow(fold - ARROW + 3, middle, fold - 3, middle)
+    yield from draw_operation('BatchNorm', fold, top, WIDTH - fold)
+    for x in ((promise + fold - ARROW) // 2, (fold + WIDTH) // 2):
+        yield arrow(x, top + BOX_HEIGHT + 3, x, below - 3)
+    middle = below + BOX_HEIGHT // 2
+    yield from draw_operation("fold: w', b'", fold, below, WIDTH - fold)
+    yield arrow(fold - 3, middle, fold - ARROW + 3, middle)
+    yield from draw_operation("one convolution with w', b'", conv, below,
+                              fold - ARROW - conv)
+    yield arrow(conv - 3, middle, first + MAP_WIDTH + 3, middle)
+    yield from draw_map('Z', False, first, below)
+
+
+def draw_backward(top: int) -> Iterator[str]:
+    """Draw how gradients come back, and in the next row what they are."""
+    first, conv, promise, fold = COLUMNS
+    middle, below = top + BOX_HEIGHT // 2, top + BOX_HEIGHT + ARROW
+    split = promise + MAP_WIDTH
+    yield from draw_map('dZ', False, first, top)
+    yield arrow(first + MAP_WIDTH + 3, middle, conv - 3, middle)
+    yield from draw_operation('backward of conv', conv, top, split - conv)
+    yield arrow(split + 3, middle, fold - 3, middle)
+    yield (f"<text x='{(split + fold) // 2}' y='{middle - 6}' "
+           f"text-anchor='middle' fill='{GREY}'>dw', db'</text>")
+    yield from draw_operation('through fold', fold, top, WIDTH - fold)
+    for x in ((conv + split) // 2, (fold + WIDTH) // 2):
+        yield arrow(x, top + BOX_HEIGHT + 3, x, below - 3)
+    yield from draw_map('dX', False, (conv + split - MAP_WIDTH) // 2, below)
+    yield (f"<text x='{WIDTH}' y='{below + 18}' text-anchor='end' "
+           f"fill='{GREY}'>dw, dgamma, dbeta</text>")
+
+
+DRAWINGS = {'block.svg': drawing, 'call.svg': call_drawing}
 
 
 # --------------------------------------------------------------------------
@@ -450,8 +544,9 @@ def page(name: str) -> str:
 
 
 def main() -> None:
-    """Write the drawing and the pages."""
-    DRAWING.write_text(drawing())
+    """Write the drawings and the pages."""
+    for name, draw in DRAWINGS.items():
+        (DOCS / '_static' / name).write_text(draw())
     for name in TABLES:
         (DOCS / name).write_text(page(name))
 
