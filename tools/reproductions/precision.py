@@ -2,26 +2,14 @@
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from mmtune.analysis.timing import quartiles
 from reproductions.material import put_in_folding_mode
-from reproductions.pages import paragraph, table, track
-
-TITLE = 'Numerical precision'
-OF_PAPER = 'left open'
-QUESTION = paragraph("""
-    Tune computes what Eval computes by another way, and so rounds
-    differently. The paper shows equal accuracy, but no errors. How far is each
-    mode from float64 in float32, bfloat16 and float16, in a step and after
-    thousands of them, and does the error grow with
-    `rstd = 1 / sqrt(var + eps)`, which multiplies each weight?
-    """)
+from reproductions.page import Page, drawing, quartiles_text, span, table, track
 
 MODES = ('Eval', 'Tune')
 # What autocast casts to; the weights are in float32.
@@ -42,7 +30,8 @@ TENSORS = {
     'norm.weight': 'gamma',
     'norm.bias': 'beta'
 }
-# What docs/en/method.md says of all but gamma.
+BUT_GAMMA = [key for key in TENSORS if key != 'norm.weight']
+# What docs/en/method.md says of these.
 BOUND = 1.5
 # An error below that of one rounding to float32 is none.
 ROUNDING = 2.**-24
@@ -332,7 +321,7 @@ def ratio(stock: float, tune: float) -> float:
     return max(tune, ROUNDING) / max(stock, ROUNDING)
 
 
-def ratios(rows: Sequence[dict], *keys: str) -> list[float]:
+def ratios(rows: Iterable[dict], keys: Iterable[str]) -> list[float]:
     """The same of some tensors in every row and block."""
     return [
         ratio(stock[key], tune[key]) for row in rows for stock, tune in zip(
@@ -340,209 +329,128 @@ def ratios(rows: Sequence[dict], *keys: str) -> list[float]:
     ]
 
 
-def final_drift(row: dict, mode: str) -> float:
-    """How far the median network is from float64 in the end."""
-    return row['drift'][mode]['medians'][-1]
-
-
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    rows = found['rows']
-    steps = ratios(rows, *TENSORS)
-    ends = [statistics.median(drift_ratios(row)) for row in rows]
-    single = [value for row in rows for value in drift_ratios(row)]
-    return (f"Tune's error of a step is {statistics.median(steps):.2f} times "
-            f"Eval's in the median ({min(steps):.2f} to {max(steps):.2f}), "
-            f'and after {found["steps"]} steps it is {min(ends):.2f} to '
-            f'{max(ends):.2f} times as far from float64 in the median of '
-            f'{found["networks"]} networks (single ones {min(single):.2f} to '
-            f'{max(single):.2f}).')
-
-
-def page(found: dict) -> str:
-    """Write the page."""
-    rows = found['rows']
-    parts = [
-        paragraph(f"""
-        For each running variance, {found["networks"]} small networks (two
-        blocks of {WIDTH} channels and a tanh between, 6 x 6 maps, batch 4)
-        learn for {found["steps"]} steps what others of their kind say, with
-        SGD and momentum. Weights are as small as their `rstd` is large, so
-        that the outputs of all blocks have about the same size; so are their
-        learning rates, by its square. The networks of a variance are groups
-        of one model and know nothing of each other. Weights are float32;
-        autocast runs the convolutions in bfloat16 or float16, there with a
-        fixed loss scale, the same in both modes, of 1024 or where rstd is
-        above 1 that much less. The rule that runs small maps as stock is off:
-        these are all small.
-        """),
-        '## The error of a step',
-        paragraph(f"""
-        At {len(found["points"])} points of a training in float64, Eval and
-        Tune get the same weights, input and gradient of the output; Eval in
-        float64 says what is right. An error is the norm of what is wrong over
-        the norm of what is right, the root of the mean square over the points.
-        In a cell: Eval's error, and in brackets how many times as large
-        Tune's is, where one below {ROUNDING:.0e}, half of float32's last
-        digit, counts as that.
-        """)
-    ]
-    for precision in DTYPES:
-        parts.append(f'### {precision}')
-        parts.append(
-            table(['rstd', 'block', *TENSORS.values()], [[
-                f'{row["rstd"]:.4g}', block + 1, *(
-                    f'{stock[key]:.1e} ({ratio(stock[key], tune[key]):.2f})'
-                    for key in TENSORS)
-            ] for row in rows if row['precision'] == precision
-                for block, (stock, tune) in enumerate(
-                    zip(*(row['rounding'][mode] for mode in MODES)))]))
-    parts += [paragraph(verdict_on_rounding(rows)),
-              paragraph(verdict_on_rstd(rows))]
-    parts += ['## The whole training']
-    parts.append(
-        paragraph(f"""
-        How far the networks are after {found["steps"]} steps from those that
-        were trained in float64: the error of their outputs on images not
-        seen, computed in float64. Median of the {found["networks"]} networks,
-        and the quartiles of the ratio of Tune's distance to Eval's. For
-        comparison, how far they learned: the distance between the untrained
-        networks and the trained ones.
-        """))
-    parts.append(
-        table(['rstd', 'precision', 'learned', 'Eval', 'Tune', 'Tune / Eval'],
-              [[
-                  f'{row["rstd"]:.4g}', row['precision'],
-                  f'{statistics.median(row["learned"]):.2f}',
-                  *(f'{final_drift(row, mode):.1e}' for mode in MODES),
-                  quartile_text(drift_ratios(row))
-              ] for row in rows]))
-    parts.append(paragraph(verdict_on_drift(rows)))
-    parts += [
-        '## Not run here',
-        paragraph("""
-        GPUs, whose kernels round differently (TF32, tensor cores) and add up
-        in another order. Deep networks with ReLU, whose paths part by chance
-        wherever one switches: [statistics](statistics.md) has them in float32
-        and float64, on real images; in bfloat16 and float16 they were not
-        compared.
-        """)
-    ]
-    return '\n\n'.join(parts)
-
-
 def drift_ratios(row: dict) -> list[float]:
     """Tune's distance over Eval's in the end, network by network."""
-    return [
-        tune / stock
-        for tune, stock in zip(*(row['drift'][mode]['last']
-                                 for mode in ('Tune', 'Eval')))
-    ]
+    stock, tune = (row['drift'][mode]['last'] for mode in MODES)
+    return [b / a for a, b in zip(stock, tune)]
 
 
-def quartile_text(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f'{values[0]:.2f}'
-    low, median, high = quartiles(values)
-    return f'{median:.2f} ({low:.2f}-{high:.2f})'
-
-
-def verdict_on_rounding(rows: Sequence[dict]) -> str:
-    """Compare what is found with what the documentation promises."""
-    others = ratios(rows, *(key for key in TENSORS if key != 'norm.weight'))
-    text = f"""
-        For the output and every gradient but that of gamma, Tune's error is
-        {min(others):.2f} to {max(others):.2f} times Eval's (median
-        {statistics.median(others):.2f}). [method.md](../method.md) says at
-        most {BOUND:g} of many blocks taken together; here, of single ones,
-        """
-    beyond = sum(value > BOUND for value in others)
-    text += (f'{beyond} of {len(others)} values are above that.'
-             if beyond else 'none is above that.')
-    by_precision = ', '.join(
-        f'{min(found):.2f} to {max(found):.2f} times in {precision}'
-        for precision in DTYPES
-        for found in [ratios([row for row in rows
-                              if row['precision'] == precision],
-                             'norm.weight')])
-    return text + f""" For gamma it is {by_precision}: Tune has the gradient of
-        gamma from that of the weight and is as exact as that, where Eval adds
-        it up for itself."""
-
-
-def verdict_on_rstd(rows: Sequence[dict]) -> str:
-    """Say whether the ratio of the modes depends on rstd."""
-    means = {}
+def by(rows: Iterable[dict], key: str) -> dict:
+    """Group rows by one of their values."""
+    groups: dict = {}
     for row in rows:
-        means.setdefault(row['rstd'], []).extend(ratios([row], *TENSORS))
-    medians = {
-        rstd: statistics.median(values)
-        for rstd, values in means.items()
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def medians_by_rstd(rows: Sequence[dict]) -> dict[float, float]:
+    """The median ratio over tensors and precisions, by increasing rstd."""
+    return {
+        rstd: statistics.median(ratios(group, TENSORS))
+        for rstd, group in sorted(by(rows, 'rstd').items())
     }
-    listed = ', '.join(f'{value:.2f} at {rstd:.4g}'
-                       for rstd, value in sorted(medians.items()))
-    low, high = min(medians.values()), max(medians.values())
-    change = ('does not depend much on' if high / low < 1.25 else
-              'depends on')
-    return f"""The ratio {change} rstd: over all tensors and precisions its
-        median is {listed}. {errors_text(rows)} Here the weights make up for
-        rstd, as in a network that has learned with it; a product rounds by a
-        share of its size, whatever that is."""
 
 
-def errors_text(rows: Sequence[dict]) -> str:
-    """Tell the error itself at the smallest and at the largest rstd."""
-    by_rstd = sorted((row for row in rows if row['precision'] == 'float32'),
-                     key=lambda row: row['rstd'])
-    found = ', '.join(
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
+    rows = found['rows']
+    steps, others = ratios(rows, TENSORS), ratios(rows, BUT_GAMMA)
+    ends = [statistics.median(drift_ratios(row)) for row in rows]
+    values: dict[str, object] = {
+        'steps': found['steps'],
+        'networks': found['networks'],
+        'points': len(found['points']),
+        'step': f'{statistics.median(steps):.2f}',
+        'step-span': span(steps, '.2f'),
+        'ends': span(ends, '.2f'),
+        'single': span([x for row in rows for x in drift_ratios(row)], '.2f'),
+        'others': span(others, '.2f'),
+        'others-median': f'{statistics.median(others):.2f}',
+        'by-rstd': ', '.join(f'{median:.2f} at {rstd:.4g}' for rstd, median
+                             in medians_by_rstd(rows).items()),
+        'output': output_errors(rows),
+        'drift': table(rows, {
+            'rstd': lambda row: f'{row["rstd"]:.4g}',
+            'precision': lambda row: row['precision'],
+            'learned': lambda row: f'{statistics.median(row["learned"]):.2f}',
+            'Eval': lambda row: f'{row["drift"]["Eval"]["medians"][-1]:.1e}',
+            'Tune': lambda row: f'{row["drift"]["Tune"]["medians"][-1]:.1e}',
+            'Tune / Eval': lambda row: quartiles_text(drift_ratios(row), 2)
+        })
+    }
+    for precision, group in by(rows, 'precision').items():
+        values |= {
+            precision: rounding_table(group),
+            f'gamma-{precision}': span(ratios(group, ['norm.weight']), '.2f'),
+            f'ends-{precision}': span(
+                [statistics.median(drift_ratios(row)) for row in group],
+                '.2f')
+        }
+    return values
+
+
+def rounding_table(rows: Sequence[dict]) -> str:
+    """Lay out the errors of a step in one precision."""
+    blocks = [(row, number, *errors) for row in rows for number, errors in
+              enumerate(zip(*(row['rounding'][mode] for mode in MODES)), 1)]
+
+    def cell(key: str):
+        return lambda it: (f'{it[2][key]:.1e} '
+                           f'({ratio(it[2][key], it[3][key]):.2f})')
+
+    return table(blocks, {
+        'rstd': lambda it: f'{it[0]["rstd"]:.4g}',
+        'block': lambda it: it[1],
+        **{title: cell(key) for key, title in TENSORS.items()}
+    })
+
+
+def output_errors(rows: Sequence[dict]) -> str:
+    """Write the larger error in float32 at the least and the largest rstd."""
+    single = sorted((row for row in rows if row['precision'] == 'float32'),
+                    key=lambda row: row['rstd'])
+    return ', '.join(
         f'{mode} {max(block["output"] for block in row["rounding"][mode]):.1e}'
         f' at {row["rstd"]:.4g}'
-        for mode in MODES for row in (by_rstd[0], by_rstd[-1]))
-    return f"""The error itself of the output in float32, of the block where it
-        is larger: {found}."""
+        for mode in MODES for row in (single[0], single[-1]))
 
 
-def verdict_on_drift(rows: Sequence[dict]) -> str:
-    """Compare the distances in the end."""
-    text = 'Tune ends '
-    text += '; '.join(
-        f'{min(medians):.2f} to {max(medians):.2f} times as far from float64 '
-        f'as Eval in {precision}'
-        for precision in DTYPES for medians in [[
-            statistics.median(drift_ratios(row)) for row in rows
-            if row['precision'] == precision
-        ]])
-    medians = [statistics.median(drift_ratios(row)) for row in rows]
-    beyond = sum(median > BOUND for median in medians)
-    return text + ' (medians of networks). ' + (
-        f'{beyond} of {len(rows)} are above {BOUND:g}.'
-        if beyond else f'None is above {BOUND:g}.')
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    rows = found['rows']
+    medians = medians_by_rstd(rows).values()
+    return {
+        f"but for gamma, no error of Tune's is above {BOUND:g} times Eval's":
+        max(ratios(rows, BUT_GAMMA)) <= BOUND,
+        'the ratio does not depend much on rstd':
+        max(medians) / min(medians) < 1.25,
+        f'after the whole training no median is above {BOUND:g}':
+        all(statistics.median(drift_ratios(row)) <= BOUND for row in rows)
+    }
 
 
-def plot(found: dict, path: Path) -> None:
-    """Plot errors against rstd, and distances against the step."""
-    figure = Figure(figsize=(8, 7), layout='constrained')
+@drawing(7)
+def plot(found: dict, figure: Figure) -> None:
+    """Draw errors against rstd, and distances against the step."""
     grid = figure.subplots(2, 2)
     colors = dict(zip(DTYPES, ('tab:blue', 'tab:orange', 'tab:green')))
     styles = dict(Eval='o-', Tune='x--')
     shown = {'output': 'output', 'conv.weight': "weight's gradient",
              'norm.weight': "gamma's gradient"}
     for axes, (key, name) in zip(grid.flat, shown.items()):
-        for precision, color in colors.items():
-            rows = [row for row in found['rows']
-                    if row['precision'] == precision]
+        for precision, rows in by(found['rows'], 'precision').items():
             for mode, style in styles.items():
                 axes.loglog(
                     [row['rstd'] for row in rows],
                     [row['rounding'][mode][0][key] for row in rows],
                     style,
-                    color=color,
+                    color=colors[precision],
                     label=f'{precision}, {mode}')
         axes.set(xlabel='rstd', ylabel='error of a step',
                  title=f'{name}, first block')
-    last = max(found['rows'], key=lambda row: row['rstd'])['rstd']
-    for row in found['rows']:
-        for mode in MODES if row['rstd'] == last else ():
+    last, rows = max(by(found['rows'], 'rstd').items())
+    for row in rows:
+        for mode in MODES:
             grid[1, 1].semilogy(
                 found['points'][1:],
                 row['drift'][mode]['medians'][1:],
@@ -552,4 +460,6 @@ def plot(found: dict, path: Path) -> None:
                    title=f'whole training, rstd {last:.4g}')
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=3)
-    figure.savefig(path, dpi=120)
+
+
+PAGE = Page(run, figures, claims, plot)
