@@ -6,7 +6,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from demo import CONFIGS
@@ -30,16 +29,16 @@ from reproductions.material import (
     pretrained_classifier,
     put_in_paper_mode,
 )
-from reproductions.pages import mib, paragraph, table, track
-
-TITLE = 'Adversarial examples'
-OF_PAPER = 'adversarial examples'
-QUESTION = paragraph("""
-    To search for adversarial examples, the gradient goes to the image, and no
-    parameter learns. The paper says that Tune saves memory there as in
-    training. Does it find the same perturbation as Eval, and what does a step
-    cost?
-    """)
+from reproductions.page import (
+    MIB,
+    Page,
+    drawing,
+    mib,
+    sheet,
+    span,
+    table,
+    track,
+)
 
 MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
 # What is attacked in float64 too.
@@ -49,6 +48,8 @@ RADIUS = .07
 STEP_SIZE = RADIUS / 4
 # A detection counts from this score and this overlap on.
 MIN_SCORE, MIN_OVERLAP = .3, .5
+# What is a success of each target.
+SUCCESS = dict(classifier='digits recognised', detector='trees found')
 
 
 @dataclass
@@ -372,187 +373,153 @@ def run(steps: int = 10,
 # Page
 # ----------------------------------------------------------------------------
 
-# What `success` counts.
-SUCCESS = {
-    'classifier': 'digits recognised',
-    'detector': 'trees found'
-}
-# Of what it is a share.
-COUNTED = {
-    'classifier': '{images} digits',
-    'detector': f'the trees in {{images}} images, found by a box with a score '
-    f'of {MIN_SCORE} and an IoU of {MIN_OVERLAP} or more'
-}
 
-
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    targets = found['targets']
-    ends = [target['exact']['differing'][-1] for target in targets.values()]
-    same = ('the same perturbation as Eval' if not any(ends) else
-            'a perturbation that differs from Eval in '
-            f'{max(ends):.1e} of the values')
-    apart = [target['rows'][mode]['from_exact'][-1]
-             for target in targets.values() for mode in ('Eval', 'Tune')]
-    spared = ' and '.join(
-        f'{1 - rows["Tune"]["kept"] / rows["Eval"]["kept"]:.0%} ({name})'
+def spared_text(targets: dict[str, dict], key: str) -> str:
+    """Write the share of Eval's bytes that Tune spares on each target."""
+    return ' and '.join(
+        f'{1 - rows["Tune"][key] / rows["Eval"][key]:.0%} ({name})'
         for name, rows in ((name, target['rows'])
                            for name, target in targets.items()))
-    return (f'In float64 Tune finds {same}; in float32 both end '
-            f'{min(apart):.0%} to {max(apart):.0%} of the values away from '
-            f'that. Tune keeps {spared} less for backward.')
 
 
-def page(found: dict) -> str:
-    """Write the page."""
-    steps = found['steps']
-    shapes = {
-        name: ' x '.join(map(str, target['shape']))
-        for name, target in found['targets'].items()
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
+    targets = found['targets']
+    values: dict[str, object] = {
+        'ends': span([target['rows'][mode]['from_exact'][-1]
+                      for target in targets.values() for mode in EXACT_MODES],
+                     '.0%'),
+        'kept': spared_text(targets, 'kept'),
+        'peak': spared_text(targets, 'peak'),
+        'steps': found['steps'],
+        'digits': found['train_digits'],
+        'iterations': found['iterations'],
+        'attacked': targets['classifier']['shape'][0],
+        'in-images': targets['detector']['shape'][0],
+        'signs': signs(targets)
     }
-    parts = [
-        paragraph(f"""
-        Projected gradient descent in the L-infinity ball: {steps} steps of
-        {STEP_SIZE:g} within {RADIUS:g} (in units of normalized images; for
-        the detector about one and four of the 255 levels of a pixel; not
-        clamped to what pixels can be), from a random point that is the same
-        in all modes. No parameter learns. The classifier is
-        MobileNetV2 with ImageNet weights and a linear layer fitted to what it
-        says of {found["train_digits"]} handwritten digits, attacked on others
-        ({shapes["classifier"]}). The detector is the RetinaNet of
-        configs/trees with the same backbone, whose neck and head were trained
-        for {found["iterations"]} iterations here, attacked on validation
-        images ({shapes["detector"]}). Small maps run as stock, as they do by
-        default.
-        """)
-    ]
-    for name, target in found['targets'].items():
-        parts += [f'## The {name}', *about(name, target, steps)]
-    parts += [
-        '## Not run here',
-        paragraph("""
-        GPUs and mixed precision; other attacks, which differ in what they do
-        with the same gradient; adversarial training, where the parameters
-        learn as well.
-        """)
-    ]
-    return '\n\n'.join(parts)
+    for name, target in targets.items():
+        values |= {
+            f'{name}-shape': ' x '.join(map(str, target['shape'])),
+            f'{name}-perturbation': perturbations(target, found['steps']),
+            f'{name}-success': successes(name, target),
+            f'{name}-cost': costs(target)
+        }
+    return values
 
 
-def about(name: str, target: dict, steps: int) -> list[str]:
-    """Tables and findings of one target."""
+def signs(targets: dict[str, dict]) -> str:
+    """Lay out whether Tune finds what Eval finds."""
+
+    def count(target: dict, share: float) -> str:
+        return f'{share * math.prod(target["shape"]):.0f}'
+
+    def flipped(key: str, spec: str) -> Callable[[dict], str]:
+        return lambda target: format(
+            target['rows']['Tune']['from_eval'][key], spec)
+
+    def missed(mode: str) -> Callable[[dict], str]:
+        return lambda target: f'{target["rows"][mode]["from_exact"][-1]:.1%}'
+
+    def apart(target: dict) -> str:
+        stock, tune = (target['rows'][mode]['losses'][1]
+                       for mode in EXACT_MODES)
+        return f'{abs(tune / stock - 1):.1%}'
+
+    return sheet('', targets, {
+        'values in the images': lambda it: math.prod(it['shape']),
+        'in float64: values that differ after the last step':
+        lambda it: count(it, it['exact']['differing'][-1]),
+        'losses differ by at most':
+        lambda it: f'{it["exact"]["loss_difference"]:.1e}',
+        'in float32: signs that differ in the first step':
+        flipped('flipped', 'd'),
+        "Eval's that differ from those in float64 there":
+        lambda it: count(it, it['rows']['Eval']['from_exact'][0]),
+        'the gradient at these values, of the usual (medians)':
+        flipped('median_flipped', '.1e'),
+        'the same, at most': flipped('largest_flipped', '.1e'),
+        'in the end Eval misses of what float64 finds': missed('Eval'),
+        'and Tune': missed('Tune'),
+        'the losses that they reach differ by': apart,
+        'blocks of Tune, by how they ran': lambda it: ', '.join(
+            f'{count} {kind}' for kind, count in it['ran'].items())
+    })
+
+
+def perturbations(target: dict, steps: int) -> str:
+    """Lay out by how much perturbations differ from those of Eval."""
     rows = target['rows']
-    last = f'after {steps}'
-    perturbation = table(
-        [
-            'mode', 'differs from Eval after 1 step', last,
-            'loss differs by', 'differs from float64 after 1 step', last
-        ],
-        [[
-            mode,
-            *(f'{row["from_eval"]["differing"][i]:.1e}' for i in (0, -1)),
-            f'{row["from_eval"]["loss_difference"]:.1e}',
-            *(f'{row["from_exact"][i]:.1e}' for i in (0, -1))
-        ] for mode, row in rows.items()])
-    success = table(
-        ['mode', 'loss before', 'after', f'{SUCCESS[name]} before', 'after'],
-        [[
-            mode, *(f'{loss:.3f}' for loss in row['losses']),
-            *(f'{share:.0%}' for share in row['success'])
-        ] for mode, row in rows.items()])
-    cost = table(
-        ['mode', 'kept, MiB', 'of Eval', 'peak, MiB', 'of Eval',
-         'time of a step, s', 'of Eval'],
-        [[
-            mode,
-            mib(row['kept']), f'{row["kept"] / rows["Eval"]["kept"]:.3f}',
-            mib(row['peak']), f'{row["peak"] / rows["Eval"]["peak"]:.3f}',
-            f'{row["seconds"]:.3f}',
-            '{1:.3f} ({0:.3f}-{2:.3f})'.format(*row['ratio'])
-        ] for mode, row in rows.items()])
-    ran = ', '.join(f'{count} {kind}' for kind, count in target['ran'].items())
-    return [
-        perturbation,
-        paragraph("""
-        Shares of the values of all images, by which a perturbation differs
-        from Eval's in float32, or from Eval's in float64; the largest relative
-        difference of the losses on the way.
-        """),
-        paragraph(verdict_on_signs(target)), success,
-        paragraph(verdict_on_success(name, rows, target['shape'][0])), cost,
-        paragraph(f"""What is kept includes the images, which are there
-            before the step whose peak is counted. Blocks of Tune by how they
-            ran: {ran}. {verdict_on_cost(rows)}""")
-    ]
+    return table(rows, {
+        'mode': str,
+        'differs from Eval after 1 step':
+        lambda mode: f'{rows[mode]["from_eval"]["differing"][0]:.1e}',
+        f'from Eval after {steps}':
+        lambda mode: f'{rows[mode]["from_eval"]["differing"][-1]:.1e}',
+        'loss differs by':
+        lambda mode: f'{rows[mode]["from_eval"]["loss_difference"]:.1e}',
+        'differs from float64 after 1 step':
+        lambda mode: f'{rows[mode]["from_exact"][0]:.1e}',
+        f'from float64 after {steps}':
+        lambda mode: f'{rows[mode]["from_exact"][-1]:.1e}'
+    })
 
 
-def verdict_on_signs(target: dict) -> str:
-    """Say whether the perturbation is the same, and why not where not."""
-    exact, rows = target['exact'], target['rows']
-    tune = rows['Tune']['from_eval']
-    count = math.prod(target['shape'])
-    ends = exact['differing'][-1]
-    if ends == 0:
-        text = """In float64 Tune and Eval find the same perturbation, to the
-            last value of the last step"""
-    else:
-        text = f"""In float64 the perturbations of Tune and Eval differ in
-            {exact["differing"][0] * count:.0f} of {count} values after the
-            first step and in {ends * count:.0f} after the last"""
-    text += f"""; their losses differ by at most
-        {exact["loss_difference"]:.1e}. """
-    first = rows['Eval']['from_exact'][0] * count
-    if tune['flipped']:
-        text += f"""In float32 {tune["flipped"]} of {count} signs differ in the
-            first step; Eval itself differs from float64 in {first:.0f} there.
-            The gradient at these values is {tune["median_flipped"]:.1e} of the
-            usual (medians) and at most {tune["largest_flipped"]:.1e}. Where it
-            is next to nothing, rounding decides on the sign, and PGD takes a
-            full step whatever the size; where it is not, rounding may have
-            moved some value in the network across the bend of a ReLU6
-            ([statistics](statistics.md) tests that). Then the two search on
-            from different points, and one search parts from the other step by
-            step. """
-    else:
-        text += 'In float32 no sign differs in the first step. '
-    stock_end, tune_end = (rows[mode]['from_exact'][-1]
-                           for mode in ('Eval', 'Tune'))
-    return text + f"""Eval misses what float64 finds in {stock_end:.1%} of the
-        values in the end, Tune in {tune_end:.1%}."""
+def successes(name: str, target: dict) -> str:
+    """Lay out what is right before the attack and after."""
+    rows = target['rows']
+    return table(rows, {
+        'mode': str,
+        'loss before': lambda mode: f'{rows[mode]["losses"][0]:.3f}',
+        'loss after': lambda mode: f'{rows[mode]["losses"][1]:.3f}',
+        f'{SUCCESS[name]} before':
+        lambda mode: f'{rows[mode]["success"][0]:.0%}',
+        'after': lambda mode: f'{rows[mode]["success"][1]:.0%}'
+    })
 
 
-def verdict_on_success(name: str, rows: dict, images: int) -> str:
-    """Say whether the attack succeeds alike."""
-    before, stock = rows['Eval']['success']
-    tune = rows['Tune']['success'][1]
-    change = abs(rows['Tune']['losses'][1] / rows['Eval']['losses'][1] - 1)
-    return f"""The share of {SUCCESS[name]} goes from {before:.0%} to
-        {stock:.0%} by Eval's perturbation and to {tune:.0%} by Tune's; the
-        losses they reach differ by {change:.1%}. It is a share of few:
-        {COUNTED[name].format(images=images)}."""
+def costs(target: dict) -> str:
+    """Lay out what a step costs."""
+    rows = target['rows']
+
+    def of_eval(key: str) -> Callable[[str], str]:
+        return lambda mode: f'{rows[mode][key] / rows["Eval"][key]:.3f}'
+
+    return table(rows, {
+        'mode': str,
+        'kept, MiB': lambda mode: mib(rows[mode]['kept']),
+        'kept / Eval': of_eval('kept'),
+        'peak, MiB': lambda mode: mib(rows[mode]['peak']),
+        'peak / Eval': of_eval('peak'),
+        'time of a step, s': lambda mode: f'{rows[mode]["seconds"]:.3f}',
+        'time / Eval': lambda mode: '{1:.3f} ({0:.3f}-{2:.3f})'.format(
+            *rows[mode]['ratio'])
+    })
 
 
-def verdict_on_cost(rows: dict) -> str:
-    """Say what Tune spares."""
-    stock, tune = rows['Eval'], rows['Tune']
-    text = f"""It keeps {1 - tune["kept"] / stock["kept"]:.0%} less than Eval;
-        the peak is {1 - tune["peak"] / stock["peak"]:.0%} lower. """
-    deploy = rows['Deploy']['kept']
-    text += (f"""It keeps less than Deploy ({mib(deploy)} MiB) since PyTorch's
-        convolution keeps its input even where only the input learns. """
-             if tune['kept'] < deploy else
-             f'Deploy keeps {mib(deploy)} MiB. ')
-    low, median, high = tune['ratio']
-    if high < 1:
-        return text + f'A step takes {1 - median:.0%} less time.'
-    if low > 1:
-        return text + f'A step takes {median - 1:.0%} more time.'
-    return text + 'The time of a step does not differ beyond its spread.'
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    targets = found['targets'].values()
+    return {
+        'in float64 Tune finds the same perturbation as Eval':
+        not any(any(target['exact']['differing']) for target in targets),
+        'in float32 some signs differ in the first step':
+        all(target['rows']['Tune']['from_eval']['flipped']
+            for target in targets),
+        'the attacks of all modes succeed alike':
+        all(len({row['success'][1] for row in target['rows'].values()}) == 1
+            for target in targets),
+        'Tune keeps less than Deploy':
+        all(target['rows']['Tune']['kept'] < target['rows']['Deploy']['kept']
+            for target in targets),
+        'a step of Tune takes no more time':
+        all(target['rows']['Tune']['ratio'][0] <= 1 for target in targets)
+    }
 
 
-def plot(found: dict, path: Path) -> None:
-    """Plot where perturbations differ and what is kept, target by target."""
-    figure = Figure(figsize=(8, 7), layout='constrained')
+@drawing(7)
+def plot(found: dict, figure: Figure) -> None:
+    """Draw where perturbations differ and what is kept."""
     grid = figure.subplots(2, len(found['targets']))
     colors = dict(
         zip(MODES, ('tab:blue', 'tab:orange', 'tab:green', 'tab:red')))
@@ -575,7 +542,7 @@ def plot(found: dict, path: Path) -> None:
         for offset, key in ((-.2, 'kept'), (.2, 'peak')):
             bars = bottom.bar(
                 [i + offset for i in range(len(MODES))],
-                [row[key] / 2**20 for row in target['rows'].values()],
+                [row[key] / MIB for row in target['rows'].values()],
                 .4,
                 color=[colors[mode] for mode in target['rows']],
                 alpha=1 if key == 'kept' else .5)
@@ -584,4 +551,6 @@ def plot(found: dict, path: Path) -> None:
         bottom.set(ylabel='MiB', title='kept for backward; pale: peak')
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=3)
-    figure.savefig(path, dpi=120)
+
+
+PAGE = Page(run, figures, claims, plot)

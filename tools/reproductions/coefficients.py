@@ -11,7 +11,7 @@ from mmtune.analysis.plots import plot_scales
 from mmtune.analysis.scales import POWERS
 from mmtune.analysis.sources import load_fitting, read_state_dict
 from reproductions.material import fetch_weights
-from reproductions.page import Page, table
+from reproductions.page import Page, sheet, table
 
 # By how much a step may differ from Tune's to be about the same.
 FACTOR = 10.
@@ -79,14 +79,13 @@ def figures(found: dict) -> dict[str, object]:
 
 def steps_table(found: dict) -> str:
     """Lay out how far steps go, an optimizer a column."""
-    totals = found['total']
     rows: dict[str, Callable[[dict], str]] = {
         "too far at Tune's learning rate":
         lambda total: f'{total["at_same_lr"]["faster"]:.1%}',
         "too short at Tune's learning rate":
         lambda total: f'{total["at_same_lr"]["slower"]:.1%}'
     }
-    for index, limit in enumerate(totals['SGD']['limits']):
+    for index, limit in enumerate(found['total']['SGD']['limits']):
         rows[f'{limit["share"]:.1%} of the channels do not step too far up '
              "to, times Tune's learning rate"] = (
                  lambda total, index=index:
@@ -95,14 +94,7 @@ def steps_table(found: dict) -> str:
         lambda total: f'{total["best"]["share"]:.1%}')
     rows["that learning rate, times Tune's"] = (
         lambda total: f'{total["best"]["lr"]:.2g}')
-
-    def cell(optimizer: str) -> Callable[[str], str]:
-        return lambda row: rows[row](totals[optimizer])
-
-    return table(rows, {
-        f'factor {found["factor"]:g}': str,
-        **{optimizer: cell(optimizer) for optimizer in totals}
-    })
+    return sheet(f'factor {found["factor"]:g}', found['total'], rows)
 
 
 def claims(found: dict) -> dict[str, bool]:

@@ -177,6 +177,29 @@ def table(rows: Iterable[Item],
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
+def sheet(corner: str, columns: Mapping[str, Item],
+          rows: Mapping[str, Callable[[Item], object]]) -> str:
+    """Write a table that has a column for each of what it is about.
+
+    Args:
+        corner (str): What stands above the titles of the rows.
+        columns (Mapping): What each column is about, by its title.
+        rows (Mapping[str, Callable]): By its title, what gives the cell of a
+            column.
+
+    Returns:
+        str: In Markdown.
+    """
+
+    def cell(item: Item) -> Callable[[str], object]:
+        return lambda row: rows[row](item)
+
+    return table(rows, {
+        corner: str,
+        **{title: cell(item) for title, item in columns.items()}
+    })
+
+
 def mib(n_bytes: float) -> str:
     """Write bytes in MiB, with one decimal and without the unit."""
     return f'{n_bytes / MIB:.1f}'
