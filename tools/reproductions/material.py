@@ -18,7 +18,7 @@ from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
 from mmtune.behaviours import convolution
 from mmtune.report import Report
-from reproductions.pages import Item, track
+from reproductions.page import Item, track
 
 
 def fetch_weights() -> str:

@@ -26,7 +26,7 @@ from reproductions.mechanism_network import (
     put,
     train,
 )
-from reproductions.pages import track
+from reproductions.page import track
 
 # A run's final loss is the mean of so many steps.
 FINAL_STEPS = 10
