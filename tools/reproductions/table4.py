@@ -416,6 +416,8 @@ def halves(found: dict) -> dict[str, object]:
         return {}
     lines, weights = fits(rows), rows[0]['weights']
     here, paper = lines[NAMES['MMEngine']], lines['paper']
+    # Without the sign of a zero.
+    gap = round((here.fixed - paper.fixed) / weights, 2) + 0
     kept = found['kept_per_weight']
     half = [row for row in found['rows'] + found['suspected']
             if row['precision'] == 'FP16']
@@ -429,7 +431,7 @@ def halves(found: dict) -> dict[str, object]:
         }),
         'weights': f'{weights / 1e6:.1f}',
         'growth': f'{here.per_image / paper.per_image:.3f}',
-        'gap': f'{(here.fixed - paper.fixed) / weights:.2f}',
+        'gap': f'{gap:.2f}',
         **{f'excess-{precision}': f'{of["MMEngine"] - of["Eval"]:.2f}'
            for precision, of in kept.items()},
         'autocast': '; '.join(

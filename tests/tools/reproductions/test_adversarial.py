@@ -11,7 +11,7 @@ from reproductions import adversarial
 from reproductions.adversarial import RADIUS, STEP_SIZE, Attack, Target
 from torch import nn
 
-from tests.tools.synthetic import fill
+from tests.tools.synthetic import doubted, fill, filled
 
 
 @pytest.fixture(scope='module')
@@ -53,15 +53,16 @@ def test_memory(found):
 
 @pytest.mark.slow
 def test_page(found):
-    text = ' '.join(adversarial.page(found).split())
-    assert text.count('find the same perturbation, to the last value') == 2
+    assert '| blocks of Tune, by how they ran |' in filled(
+        'adversarial', found)
+    same = 'in float64 Tune finds the same perturbation as Eval'
+    faster = 'a step of Tune takes no more time'
+    assert same not in doubted('adversarial', found)
     changed = copy.deepcopy(found)
     target = changed['targets']['detector']
     target['exact']['differing'] = [0, .5]
     target['rows']['Tune']['ratio'] = [1.2, 1.3, 1.4]
-    text = ' '.join(adversarial.page(changed).split())
-    assert text.count('find the same perturbation, to the last value') == 1
-    assert 'A step takes 30% more time' in text
+    assert {same, faster} <= {*doubted('adversarial', changed)}
 
 
 @pytest.mark.slow
