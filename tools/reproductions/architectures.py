@@ -125,10 +125,6 @@ def measure(name: str, setting: str, size: Sequence[int],
 def build(name: str, setting: str) -> tuple[Any, nn.Module]:
     """Build an architecture with weights and statistics that are random.
 
-    Args:
-        name (str): In ``DETECTORS`` for whole ones, else in ``BACKBONES``.
-        setting (str): One of the three above.
-
     Returns:
         tuple[Config, nn.Module]: Of backbones nothing is frozen.
     """
@@ -152,12 +148,7 @@ def build(name: str, setting: str) -> tuple[Any, nn.Module]:
 
 
 def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
-    """Take a step in a mode.
-
-    Args:
-        stock (nn.Module): Is left as it is.
-        mode (str): One of ``MODES``.
-        workload (Workload): What to compute.
+    """Take a step in a mode, with a copy of a stock model.
 
     Returns:
         dict: Bytes ``kept`` for backward, ``peak`` and ``resident``, and, of
@@ -176,11 +167,6 @@ def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
     if report is not None:
         taken['left_out'] = len(report.left_out)
     return taken
-
-
-# --------------------------------------------------------------------------
-# Page
-# --------------------------------------------------------------------------
 
 
 def total(step: dict) -> int:
@@ -359,9 +345,7 @@ def plot(found: dict, figure: Figure) -> None:
             for row in rows if row['setting'] == setting
         }
         axes.plot([x for x, _ in part.values()],
-                  [y for _, y in part.values()],
-                  marker,
-                  markersize=5,
+                  [y for _, y in part.values()], marker, markersize=5,
                   label=f'{setting}, {shape_text(*size)}')
         for name, point in part.items():
             points.setdefault(name, []).append(point)

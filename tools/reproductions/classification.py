@@ -42,11 +42,7 @@ TABLE_3 = {
 
 
 class ResNet50Classifier(nn.Module):
-    """What the paper's Table 3 trains.
-
-    Args:
-        classes (int): How many there are.
-    """
+    """What the paper's Table 3 trains."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -61,26 +57,14 @@ class ResNet50Classifier(nn.Module):
 
 def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
               settings: dict) -> dict:
-    """Run tools/finetune_digits.py.
-
-    Args:
-        mode (str): One of :data:`MODES`.
-        lr (float): Learning rate.
-        seed (int): Of the head's weights and the order of images.
-        work_dir (str): For its logs and checkpoints.
-        settings (dict): More arguments of ``build_runner``.
+    """Run tools/finetune_digits.py, with settings for its Runner.
 
     Returns:
-        dict: The arguments and the final ``accuracy``, a share.
+        dict: The first three arguments and the ``accuracy``, a share.
     """
     runner = finetune_digits.build_runner(
-        mode.lower(),
-        seed,
-        lr=lr,
-        work_dir=f'{work_dir}/{lr:g}-{seed}',
-        log_level='WARNING',
-        activations=False,
-        **settings)
+        mode.lower(), seed, lr=lr, work_dir=f'{work_dir}/{lr:g}-{seed}',
+        log_level='WARNING', activations=False, **settings)
     runner.train()
     accuracy = runner.message_hub.get_scalar('val/accuracy').current()
     return dict(mode=mode, lr=lr, seed=seed, accuracy=float(accuracy))
@@ -88,17 +72,7 @@ def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
 
 def digits_step(mode: str, batch_size: int, size: int,
                 weights: str | None) -> Callable[[], None]:
-    """Make a training step of the script's classifier, to call.
-
-    Args:
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        weights (str, optional): The backbone's.
-
-    Returns:
-        Callable: Takes the step.
-    """
+    """Make a training step of the script's classifier, to call."""
     torch.manual_seed(0)
     model = finetune_digits.Classifier(weights)
     model.init_weights()
@@ -117,13 +91,6 @@ def digits_step(mode: str, batch_size: int, size: int,
 def measure_steps(modes: Sequence[str], batch_size: int, size: int,
                   rounds: int, weights: str | None) -> dict:
     """Count the memory of a step and time it.
-
-    Args:
-        modes (Sequence[str]): What to compare.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        rounds (int): How many steps to time in each mode.
-        weights (str, optional): The backbone's.
 
     Returns:
         dict: The batch; of each mode the ``peak`` in bytes and the
@@ -144,12 +111,6 @@ def count_training(mode: str, batch_size: int, size: int,
 
     On the device 'meta' tensors have a size but no content, so that batches
     can be counted that no memory here would hold.
-
-    Args:
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        device (str): Where to run. Defaults to 'meta'.
 
     Returns:
         int: The most bytes alive at once in the second step of SGD with
@@ -198,7 +159,7 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         work_dir (str): For logs and checkpoints.
 
     Returns:
-        dict: What was found, for :func:`page` and :func:`plot`.
+        dict: What was found, for the page.
     """
     if weights == 'fetch':
         weights = fetch_weights()
@@ -212,31 +173,18 @@ def run(seeds: Sequence[int] = (0, 1, 2),
     train_set, test_set = finetune_digits.load_data(size)
     modes = ('Train', 'Eval', 'MMEngine', 'Tune')
     return dict(
-        seeds=list(seeds),
-        lrs=list(lrs),
-        epochs=epochs,
-        size=size,
-        batch_size=batch_size,
-        images=[len(train_set), len(test_set)],
+        seeds=list(seeds), lrs=list(lrs), epochs=epochs, size=size,
+        batch_size=batch_size, images=[len(train_set), len(test_set)],
         runs=runs,
         steps=[
             measure_steps(modes, batch_size, pixels, rounds, weights)
             for pixels in track(step_sizes, 'Measure a step')
         ],
         counts=[
-            dict(
-                batch_size=images,
-                size=pixels,
-                peak={
-                    mode: count_training(mode, images, pixels)
-                    for mode in modes
-                }) for images, pixels in batches
+            dict(batch_size=images, size=pixels, peak={
+                mode: count_training(mode, images, pixels) for mode in modes
+            }) for images, pixels in batches
         ])
-
-
-# ----------------------------------------------------------------------------
-# Page
-# ----------------------------------------------------------------------------
 
 
 def accuracies(found: dict, mode: str, lr: float) -> list[float]:
@@ -410,9 +358,7 @@ def plot(found: dict, figure: Figure) -> None:
     for shift, mode in zip((-.2, 0, .2), MODES):
         runs = [run for run in found['runs'] if run['mode'] == mode]
         points.plot([places[run['lr']] + shift for run in runs],
-                    [run['accuracy'] for run in runs],
-                    'o',
-                    alpha=.7,
+                    [run['accuracy'] for run in runs], 'o', alpha=.7,
                     label=mode)
     points.set_xticks(list(places.values()), [f'{lr:g}' for lr in places])
     points.set(

@@ -82,7 +82,8 @@ def figures(found: Row) -> dict[str, object]:
         'checkpoints': len(known),
         'of-bound': span(ratio / row['limits'][0] for row, ratio in known),
         'of-thumb': span(ratio / row['limits'][-1] for row, ratio in known),
-        'careful': f'{max(ratio / row["limits"][0] for row, ratio in known):.0f}'
+        'careful': span([max((ratio / row['limits'][0]
+                              for row, ratio in known), default=None)], '.0f')
     }
 
 

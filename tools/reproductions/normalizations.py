@@ -273,11 +273,6 @@ def run(size: int = 64, names: Sequence[str] = tuple(CASES)) -> dict:
         })
 
 
-# ----------------------------------------------------------------------------
-# Page
-# ----------------------------------------------------------------------------
-
-
 def can_be_folded(row: dict) -> bool:
     """Tell whether it is one scale and one shift of each channel."""
     return row['per_channel'] <= TOLERANCE

@@ -2,6 +2,7 @@
 import copy
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -9,27 +10,26 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from reproductions.material import put_in_folding_mode
-from reproductions.page import Page, drawing, quartiles_text, span, table, track
+from reproductions.page import (
+    Page,
+    drawing,
+    quartiles_text,
+    span,
+    table,
+    track,
+)
 
 MODES = ('Eval', 'Tune')
 # What autocast casts to; the weights are in float32.
-DTYPES = {
-    'float32': None,
-    'bfloat16': torch.bfloat16,
-    'float16': torch.float16
-}
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16,
+          'float16': torch.float16}
 # The last is what the BatchNorm of a dead channel has.
 VARIANCES = (100., 1., 1e-3, 0.)
 EPS = 1e-5
 WIDTH = 4
-MOMENTUM = 0.9
-TENSORS = {
-    'output': 'output',
-    'x': 'input',
-    'conv.weight': 'weight',
-    'norm.weight': 'gamma',
-    'norm.bias': 'beta'
-}
+LEARNING_RATE, MOMENTUM = .005, .9
+TENSORS = {'output': 'output', 'x': 'input', 'conv.weight': 'weight',
+           'norm.weight': 'gamma', 'norm.bias': 'beta'}
 BUT_GAMMA = [key for key in TENSORS if key != 'norm.weight']
 # What docs/en/method.md says of these.
 BOUND = 1.5
@@ -38,7 +38,7 @@ ROUNDING = 2.**-24
 
 
 def loss_scale(precision: str, rstd: float) -> float:
-    """Scale the loss as a GradScaler would, about, but always alike.
+    """Scale the loss about as a GradScaler would, but always alike.
 
     Without it float16 loses small gradients. Eval's gradient of a weight is as
     large as rstd, and limits the scale.
@@ -51,25 +51,16 @@ def loss_scale(precision: str, rstd: float) -> float:
 class Block(nn.Module):
     """A convolution without a bias, and a BatchNorm.
 
-    Args:
-        networks (int): How many networks it is a part of: groups that know
-            nothing of each other.
-        kernel (int): Width of the convolution.
-        var (float): Running variance, about that of the convolution's output.
-        generator (torch.Generator): Draws everything else.
+    Of several networks at once: groups that know nothing of each other. The
+    running variance is about that of the convolution's output.
     """
 
     def __init__(self, networks: int, kernel: int, var: float,
                  generator: torch.Generator) -> None:
         super().__init__()
         channels = networks * WIDTH
-        self.conv = nn.Conv2d(
-            channels,
-            channels,
-            kernel,
-            padding=kernel // 2,
-            groups=networks,
-            bias=False)
+        self.conv = nn.Conv2d(channels, channels, kernel, bias=False,
+                              padding=kernel // 2, groups=networks)
         self.norm = nn.BatchNorm2d(channels, EPS)
 
         def randn(*shape: int) -> Tensor:
@@ -102,17 +93,10 @@ def make_networks(networks: int, var: float, seed: int) -> nn.Sequential:
 
 
 class Task:
-    """What the networks of a variance learn: what others of them say.
-
-    Args:
-        networks (int): How many.
-        var (float): Running variance of all BatchNorms.
-        seed (int): Of networks and inputs.
-    """
+    """What the networks of a variance learn: what others of them say."""
 
     def __init__(self, networks: int, var: float, seed: int) -> None:
         self.start = make_networks(networks, var, seed)
-        self.learning_rate = .005
         self.rstd = (var + EPS)**-.5
         teacher = make_networks(networks, var, seed + 1).eval()
         generator = torch.Generator().manual_seed(seed + 2)
@@ -131,7 +115,7 @@ class Task:
         return model
 
     def train(self, mode: str, precision: str, steps: int,
-              every: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+              every: int) -> Iterator[dict[str, Tensor]]:
         """Train, and give the state at the start and every so many steps."""
         dtype = torch.float64 if precision == 'float64' else torch.float32
         half = DTYPES.get(precision)
@@ -142,14 +126,11 @@ class Task:
         vectors = [p for p in model.parameters() if p.dim() == 1]
         # A step of the folded weight is one of the weight times coeff^2.
         optimizer = torch.optim.SGD(
-            [
-                dict(params=weights, lr=self.learning_rate / self.rstd**2),
-                dict(params=vectors, lr=self.learning_rate)
-            ],
-            momentum=MOMENTUM)
+            [dict(params=weights, lr=LEARNING_RATE / self.rstd**2),
+             dict(params=vectors, lr=LEARNING_RATE)], momentum=MOMENTUM)
         for step in range(steps + 1):
             if step % every == 0:
-                yield step, copy.deepcopy(model.state_dict())
+                yield copy.deepcopy(model.state_dict())
             i = step % len(inputs)
             with torch.autocast('cpu', half, enabled=half is not None):
                 output = model(inputs[i])
@@ -170,16 +151,9 @@ class Task:
         return output.unflatten(1, (self.networks, WIDTH))
 
 
-def gradients(model: nn.Module,
-              x: Tensor,
-              grad: Tensor,
+def gradients(model: nn.Module, x: Tensor, grad: Tensor,
               half: torch.dtype | None = None) -> list[dict[str, Tensor]]:
-    """Give, of each block, its output and every gradient in float64.
-
-    Returns:
-        list[dict[str, Tensor]]: A dict by the keys of :data:`TENSORS` for
-        each of the two blocks.
-    """
+    """Give, of each block, output and gradients by :data:`TENSORS`."""
     first, between, second = model
     model.zero_grad()
     with torch.autocast('cpu', half, enabled=half is not None):
@@ -189,14 +163,12 @@ def gradients(model: nn.Module,
         inputs[1].retain_grad()
         outputs.append(second(inputs[1]))
     outputs[1].backward(grad.to(outputs[1].dtype))
-    return [{
-        key: value.detach().double()
-        for key, value in dict(
-            output=outputs[i],
-            x=inputs[i].grad,
-            **{k: p.grad
-               for k, p in block.named_parameters()}).items()
-    } for i, block in enumerate((first, second))]
+    found = []
+    for block, x, output in zip((first, second), inputs, outputs):
+        found.append(dict(output=output.detach().double(), x=x.grad.double()))
+        found[-1].update((name, parameter.grad.double())
+                         for name, parameter in block.named_parameters())
+    return found
 
 
 def rounding(task: Task, states: Sequence[dict[str, Tensor]],
@@ -206,11 +178,6 @@ def rounding(task: Task, states: Sequence[dict[str, Tensor]],
     At each point the same float32 weights, input and gradient of the output
     go into each mode, and into Eval in float64.
 
-    Args:
-        task (Task): What was trained.
-        states (Sequence[dict[str, Tensor]]): Points, in float64.
-        precision (str): Key of :data:`DTYPES`.
-
     Returns:
         dict[str, list[dict[str, float]]]: By mode, for each block, for each
         tensor: norm of the error divided by the norm of the value, the root
@@ -219,10 +186,7 @@ def rounding(task: Task, states: Sequence[dict[str, Tensor]],
     half = DTYPES[precision]
     models = {mode: task.model(mode, torch.float32) for mode in MODES}
     exact = task.model('Eval', torch.float64)
-    squares: dict[str, list] = {
-        mode: [{key: [] for key in TENSORS} for _ in range(2)]
-        for mode in MODES
-    }
+    squares = defaultdict(list)
     for i, state in enumerate(states):
         state = {key: value.float() for key, value in state.items()}
         exact.load_state_dict(state)
@@ -239,22 +203,16 @@ def rounding(task: Task, states: Sequence[dict[str, Tensor]],
             for block, (values, ideal) in enumerate(zip(found, expected)):
                 for key in TENSORS:
                     error = (values[key] - ideal[key]).norm()
-                    squares[mode][block][key].append(
+                    squares[mode, block, key].append(
                         float(error / ideal[key].norm())**2)
     return {
-        mode: [{
-            key: math.sqrt(statistics.fmean(values))
-            for key, values in block.items()
-        } for block in blocks]
-        for mode, blocks in squares.items()
+        mode: [{key: math.sqrt(statistics.fmean(squares[mode, block, key]))
+                for key in TENSORS} for block in range(2)] for mode in MODES
     }
 
 
-def run(steps: int = 2000,
-        every: int = 50,
-        networks: int = 8,
-        variances: Sequence[float] = VARIANCES,
-        seed: int = 0) -> dict:
+def run(steps: int = 2000, every: int = 50, networks: int = 8,
+        variances: Sequence[float] = VARIANCES, seed: int = 0) -> dict:
     """Train the networks of each variance in each precision and mode.
 
     Args:
@@ -275,45 +233,30 @@ def run(steps: int = 2000,
     for var, precision in track(cases, 'Train in every precision'):
         task = Task(networks, var, seed)
         if var not in exact:
-            states = [s for _, s in task.train('Eval', 'float64', steps,
-                                               every)]
+            states = list(task.train('Eval', 'float64', steps, every))
             exact[var] = states, [task.says(state) for state in states]
         states, right = exact[var]
         drift: dict[str, dict] = {}
         for mode in MODES:
             distances = [
-                relative(task.says(state), ideal) for (_, state), ideal in
+                relative(task.says(state), ideal) for state, ideal in
                 zip(task.train(mode, precision, steps, every), right)
             ]
-            drift[mode] = dict(
-                medians=[statistics.median(point) for point in distances],
-                last=distances[-1])
-        rows.append(
-            dict(
-                var=var,
-                rstd=task.rstd,
-                precision=precision,
-                rounding=rounding(task, states, precision),
-                learned=relative(right[0], right[-1]),
-                drift=drift))
-    return dict(
-        steps=steps,
-        every=every,
-        networks=networks,
-        points=list(range(0, steps + 1, every)),
-        rows=rows)
+            drift[mode] = dict(last=distances[-1], medians=[
+                statistics.median(point) for point in distances])
+        rows.append(dict(
+            var=var, rstd=task.rstd, precision=precision, drift=drift,
+            rounding=rounding(task, states, precision),
+            learned=relative(right[0], right[-1])))
+    return dict(steps=steps, every=every, networks=networks,
+                points=list(range(0, steps + 1, every)), rows=rows)
 
 
 def relative(output: Tensor, ideal: Tensor) -> list[float]:
     """Norm of the error over that of the value, network by network."""
-    error, norm = ((t.square().sum((0, 2, 3, 4)).sqrt())
+    error, norm = (t.square().sum((0, 2, 3, 4)).sqrt()
                    for t in (output - ideal, ideal))
     return (error / norm).tolist()
-
-
-# ----------------------------------------------------------------------------
-# Page
-# ----------------------------------------------------------------------------
 
 
 def ratio(stock: float, tune: float) -> float:
@@ -440,22 +383,18 @@ def plot(found: dict, figure: Figure) -> None:
     for axes, (key, name) in zip(grid.flat, shown.items()):
         for precision, rows in by(found['rows'], 'precision').items():
             for mode, style in styles.items():
-                axes.loglog(
-                    [row['rstd'] for row in rows],
-                    [row['rounding'][mode][0][key] for row in rows],
-                    style,
-                    color=colors[precision],
-                    label=f'{precision}, {mode}')
+                axes.loglog([row['rstd'] for row in rows],
+                            [row['rounding'][mode][0][key] for row in rows],
+                            style, color=colors[precision],
+                            label=f'{precision}, {mode}')
         axes.set(xlabel='rstd', ylabel='error of a step',
                  title=f'{name}, first block')
     last, rows = max(by(found['rows'], 'rstd').items())
     for row in rows:
         for mode in MODES:
             grid[1, 1].semilogy(
-                found['points'][1:],
-                row['drift'][mode]['medians'][1:],
-                styles[mode][1:],
-                color=colors[row['precision']])
+                found['points'][1:], row['drift'][mode]['medians'][1:],
+                styles[mode][1:], color=colors[row['precision']])
     grid[1, 1].set(xlabel='step', ylabel='distance from float64',
                    title=f'whole training, rstd {last:.4g}')
     handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -2,6 +2,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 from operator import itemgetter
 
 import torch
@@ -21,7 +22,14 @@ from reproductions.material import (
     measure_in_turns,
     put_in_paper_mode,
 )
-from reproductions.page import Page, drawing, mean_spread, mib, quartiles_text, table
+from reproductions.page import (
+    Page,
+    drawing,
+    mean_spread,
+    mib,
+    quartiles_text,
+    table,
+)
 
 # A share of the test digits. Runs below have learned nothing.
 LEARNED = 0.5
@@ -29,13 +37,7 @@ LEARNED = 0.5
 TOLERANCE = 0.01
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut.
-
-    Args:
-        inputs (int): Channels of the input.
-        outputs (int): Channels of the output.
-        stride (int): Of the first convolution.
-    """
+    """Two 3 x 3 convolutions, the first with a stride, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -75,11 +77,7 @@ class SmallResNet(BaseModel):
 
 
 class FreezeHook(Hook):
-    """The control: freezes statistics like ``begin``, but in Eval mode.
-
-    Args:
-        begin (int): Epoch from which statistics are frozen.
-    """
+    """The control: freezes statistics like ``begin``, but in Eval mode."""
 
     def __init__(self, begin: int) -> None:
         self.begin = begin
@@ -92,18 +90,7 @@ class FreezeHook(Hook):
 
 def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
           size: int, batch_size: int, work_dir: str) -> dict:
-    """Train once.
-
-    Args:
-        lr (float): Learning rate to start with.
-        begin (int, optional): Epoch from which statistics are frozen, None
-            for never.
-        mode (str): ``'Tune'`` or ``'Eval'``, from then on.
-        seed (int): Of the weights and the order of images.
-        epochs (int): How long.
-        size (int): Height and width of the images in pixels.
-        batch_size (int): Images a step.
-        work_dir (str): For logs.
+    """Train once, in Tune or Eval mode from the epoch ``begin`` on.
 
     Returns:
         dict: The first four arguments; after each epoch the test
@@ -111,34 +98,25 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
         it is not a number.
     """
     data = data_options(size, batch_size)
-    steps = math.ceil(
-        len(data['train_dataloader']['dataset']) / batch_size)
+    steps = math.ceil(len(data['train_dataloader']['dataset']) / batch_size)
     hooks: list = []
-    cfg = {}
-    if begin is not None and mode == 'Eval':
-        hooks = [FreezeHook(begin)]
-    elif begin is not None:
-        hooks = [dict(type='mmtune.TuneModeHook')]
-        # Without the hook, this key would call for MMEngine's rewrite.
-        cfg['efficient_conv_bn_eval'] = dict(
-            modules=['backbone'], begin=begin, activations=False)
+    if begin is not None:
+        hooks = [FreezeHook(begin) if mode == 'Eval' else dict(
+            type='mmtune.TuneModeHook', modules=['backbone'], begin=begin,
+            activations=False)]
     runner = Runner(
         model=dict(type=SmallResNet),
         work_dir=f'{work_dir}/{lr:g}-{begin}-{mode}-{seed}',
         **data,
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(
-            optimizer=dict(
-                type='SGD', lr=lr, momentum=0.9, weight_decay=5e-4)),
-        param_scheduler=dict(
-            type='CosineAnnealingLR',
-            T_max=epochs,
-            convert_to_iter_based=True),
+        optim_wrapper=dict(optimizer=dict(
+            type='SGD', lr=lr, momentum=0.9, weight_decay=5e-4)),
+        param_scheduler=dict(type='CosineAnnealingLR', T_max=epochs,
+                             convert_to_iter_based=True),
         custom_hooks=hooks,
         default_hooks=dict(checkpoint=None),
         log_level='WARNING',
-        randomness=dict(seed=seed),
-        cfg=cfg)
+        randomness=dict(seed=seed))
     runner.train()
     scalars = runner.message_hub.log_scalars
     losses, _ = scalars['train/loss'].data
@@ -147,21 +125,13 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
     losses, accuracies = losses[-epochs * steps:], accuracies[-epochs:]
     means = losses.reshape(epochs, steps).mean(axis=1).tolist()
     return dict(
-        lr=lr,
-        begin=begin,
-        mode=mode,
-        seed=seed,
+        lr=lr, begin=begin, mode=mode, seed=seed,
         accuracy=accuracies.tolist(),
         loss=[mean if math.isfinite(mean) else None for mean in means])
 
 
 def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
     """Count the memory of a training step and time it.
-
-    Args:
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        rounds (int): How many steps to time in each mode.
 
     Returns:
         dict: For each mode the ``peak`` in bytes, and the ``seconds`` of
@@ -208,50 +178,35 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         work_dir (str): For logs.
 
     Returns:
-        dict: What was found, for :func:`page` and :func:`plot`.
+        dict: What was found, for the page.
 
     Raises:
-        ValueError: If there is no run to compare with, or a control has
-            none.
+        ValueError: If there is no run to compare with.
     """
-    if None not in begins:
-        raise ValueError('`begins` must hold None, the run that never freezes '
-                         f'and is compared with, but got {begins!r}')
-    if not {*controls} <= {*begins}:
-        raise ValueError(f'`controls` must be of `begins`, {begins!r}, but '
-                         f'got {controls!r}')
+    if not {None, *controls} <= {*begins}:
+        raise ValueError(
+            '`begins` must hold None, the run that never freezes and is '
+            f'compared with, and `controls`, but got {begins!r}, {controls!r}')
     kinds = [(begin, 'Tune') for begin in begins]
     kinds += [(begin, 'Eval') for begin in controls]
-    plan = [(lr, *kind, seed) for lr in lrs for kind in kinds
-            for seed in seeds]
-    runs = in_processes(train, [(*arguments, epochs, size, batch_size,
-                                 work_dir) for arguments in plan],
-                        'Train from scratch')
+    plan = [(lr, *kind, seed) for lr, kind, seed in
+            product(lrs, kinds, seeds)]
+    runs = in_processes(
+        train, [(*arguments, epochs, size, batch_size, work_dir)
+                for arguments in plan], 'Train from scratch')
     return dict(
-        lrs=list(lrs),
-        begins=list(begins),
-        controls=list(controls),
-        seeds=list(seeds),
-        epochs=epochs,
-        size=size,
-        batch_size=batch_size,
+        lrs=list(lrs), begins=list(begins), controls=list(controls),
+        seeds=list(seeds), epochs=epochs, size=size, batch_size=batch_size,
         images=[len(part) for part in load_data(size)],
         runs=runs,
         step=measure_steps(batch_size, size, rounds))
 
 
-# ----------------------------------------------------------------------------
-# Page
-# ----------------------------------------------------------------------------
-
-
 def runs_of(found: dict, lr: float, begin: int | None,
             mode: str = 'Tune') -> list[dict]:
     """Give the runs of all seeds."""
-    return [
-        run for run in found['runs']
-        if (run['lr'], run['begin'], run['mode']) == (lr, begin, mode)
-    ]
+    return [run for run in found['runs']
+            if (run['lr'], run['begin'], run['mode']) == (lr, begin, mode)]
 
 
 def final(runs: Sequence[dict]) -> list[float]:
@@ -273,7 +228,7 @@ def is_harmless(found: dict, lr: float, begin: int) -> bool:
 
 def frozen(found: dict) -> list[int]:
     """List the epochs from which statistics are frozen."""
-    return sorted(begin for begin in found['begins'] if begin is not None)
+    return sorted({*found['begins']} - {None})
 
 
 def ratios_to_train(found: dict, mode: str) -> list[float]:
@@ -284,13 +239,11 @@ def ratios_to_train(found: dict, mode: str) -> list[float]:
 
 def loss_text(runs: Sequence[dict]) -> str:
     """Write the training loss in the end."""
-    losses = [run['loss'][-1] for run in runs]
-    finite = [loss for loss in losses if loss is not None]
-    if not finite:
+    losses = [run['loss'][-1] for run in runs if run['loss'][-1] is not None]
+    if not losses:
         return 'not a number'
-    text = mean_spread(finite, 4)
-    failed = len(losses) - len(finite)
-    return f'{text}; {failed} not a number' if failed else text
+    failed = len(runs) - len(losses)
+    return mean_spread(losses, 4) + f'; {failed} not a number' * bool(failed)
 
 
 def results_row(found: dict, lr: float, begin: int | None,
@@ -325,9 +278,9 @@ def results_row(found: dict, lr: float, begin: int | None,
 
 def results(found: dict, lr: float) -> str:
     """Lay out what comes of each `begin` at a learning rate."""
-    kinds = [(begin, 'Tune') for begin in found['begins']]
-    kinds += [(begin, 'Eval') for begin in found['controls']]
-    rows = [results_row(found, lr, *kind) for kind in kinds]
+    rows = [results_row(found, lr, begin, mode)
+            for mode, begins in (('Tune', 'begins'), ('Eval', 'controls'))
+            for begin in found[begins]]
     cells = {title: itemgetter(title) for title in rows[0]}
     return f'### Learning rate {lr:g}\n\n{table(rows, cells)}'
 
@@ -345,11 +298,8 @@ def collapse(found: dict, lr: float) -> str:
 
 def controls(found: dict, lr: float) -> list[tuple[float, float]]:
     """Give the accuracy of each run of Tune, and of its control."""
-    return [
-        pair for begin in found['controls'] for pair in zip(
-            *(final(runs_of(found, lr, begin, mode))
-              for mode in ('Tune', 'Eval')))
-    ]
+    return [pair for begin in found['controls'] for pair in zip(
+        *(final(runs_of(found, lr, begin, mode)) for mode in ('Tune', 'Eval')))]
 
 
 def count_alike(pairs: Sequence[tuple[float, float]]) -> int:
@@ -364,18 +314,21 @@ def verdicts(found: dict) -> str:
         return ', '.join(str(begin) for begin in frozen(found) if
                          is_harmless(found, lr, begin) == harmless) or 'none'
 
-    def count(lr: float, wanted: Callable[[Sequence], int]) -> str:
+    def fail(lr: float) -> str:
         pairs = controls(found, lr)
-        return f'{wanted(pairs)} of {len(pairs)}'
+        return f'{sum(b < LEARNED for _, b in pairs)} of {len(pairs)}'
+
+    def alike(lr: float) -> str:
+        pairs = controls(found, lr)
+        return f'{count_alike(pairs)} of {len(pairs)}'
 
     return table(found['lrs'], {
         'learning rate': '{:g}'.format,
         'no harm with `begin` =': lambda lr: begins(lr, True),
         'harm with': lambda lr: begins(lr, False),
         'learned, and failed when frozen': lambda lr: collapse(found, lr),
-        'controls that fail': lambda lr: count(
-            lr, lambda pairs: sum(b < LEARNED for _, b in pairs)),
-        'end as in Tune': lambda lr: count(lr, count_alike),
+        'controls that fail': fail,
+        'end as in Tune': alike,
         'accuracies apart by': lambda lr:
         f'{max(abs(a - b) for a, b in controls(found, lr)):.3f}'
     })

@@ -271,7 +271,7 @@ def test_doubts_follow_from_the_figures(reached, apart, wrong):
 def test_where_deploy_never_learns():
     found = made_up((0.1, 0.), alone=(1., 0.))
     text = filled('mechanism', found)
-    assert "x 1: none.**" in text and '| nan (nan) |' in text
+    assert 'x 1: none.**' in text and '| nan (nan) |' in text
     assert 'on 0 of 0 checkpoints' in filled('limits', found)
     assert any(BOUND in doubt for doubt in doubted('limits', found))
 

@@ -1,7 +1,6 @@
 import pytest
 from reproductions import page
 
-
 TEXT = """\
 # Title
 

@@ -176,7 +176,7 @@ def test_plot(found, tmp_path):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(begins=(0, 5)), 'must hold None'),
-    (dict(begins=(0, None), controls=(0, 7)), '`controls` must be of'),
+    (dict(begins=(0, None), controls=(0, 7)), 'and `controls`, but got'),
 ])
 def test_wrong_plans_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

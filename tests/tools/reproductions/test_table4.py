@@ -9,7 +9,7 @@ import mmcv
 import pytest
 from mmengine import fileio
 from mmengine.config import Config
-from reproductions import table4
+from reproductions import table4, table4_steps
 
 from mmtune.behaviours import convolution
 from tests.tools.synthetic import doubted, filled, in_turn
@@ -23,7 +23,7 @@ def in_root():
     """Configs are read from where the driver is started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[3])
-        patch.setattr(table4, 'in_processes', in_turn)
+        patch.setattr(table4_steps, 'in_processes', in_turn)
         yield
 
 
@@ -86,7 +86,7 @@ def found_of(rows, suspected=()):
 
 def test_rows_are_those_of_the_configs():
     """The metafiles beside them say what the configs do."""
-    rows = table4.read_rows()
+    rows = table4_steps.read_rows()
     assert len({row['name'] for row in rows}) == 11
     for entry in rows:
         config = Config.fromfile(entry['config'])
@@ -107,7 +107,7 @@ def test_paper_figures_agree_with_each_other():
         for path in Path('configs').glob('*/metafile.yml')
         for model in fileio.load(path)['Models']
     }
-    for entry in table4.read_rows():
+    for entry in table4_steps.read_rows():
         before, after = entry['gb']
         assert 100 * (before - after) / before == pytest.approx(
             shares[entry['name']], abs=.03)
@@ -146,8 +146,8 @@ def test_the_row_in_question_is_run_as_both_models():
     entry, = found['rows']
     suspected, = found['suspected']
     assert entry['steps']['1'].keys() == {*table4.MODES}
-    assert suspected['steps']['1'].keys() == {*table4.PAPER}
-    assert suspected['eval'] == table4.SUSPECTED
+    assert suspected['steps']['1'].keys() == {*table4_steps.PAPER}
+    assert suspected['eval'] == table4_steps.SUSPECTED
     assert 2.3e7 < suspected['weights'] < 2.4e7
     assert 4.2e7 < entry['weights'] < 4.3e7
 
@@ -160,10 +160,10 @@ def test_models_that_differ_are_kept_apart(monkeypatch):
         ran.append((row['eval'], row['precision'], batch, mode))
         return len(ran)
 
-    monkeypatch.setattr(table4, 'measure', measure)
-    monkeypatch.setattr(table4, 'count_weights', lambda row: 1)
-    load = functools.cache(table4.load_config)
-    monkeypatch.setattr(table4, 'load_config', load)
+    monkeypatch.setattr(table4_steps, 'measure', measure)
+    monkeypatch.setattr(table4_steps, 'count_weights', lambda row: 1)
+    load = functools.cache(table4_steps.load_config)
+    monkeypatch.setattr(table4_steps, 'load_config', load)
     found = table4.run()
     assert len(set(ran)) == len(ran) == 7 * 3 + 9 + 9 + 6
     for entry in found['rows'] + found['suspected']:
@@ -177,7 +177,7 @@ def test_models_that_differ_are_kept_apart(monkeypatch):
 
 
 def test_kept_per_weight():
-    found = table4.kept_per_weight()
+    found = table4_steps.kept_per_weight()
     expected = dict(
         FP32=dict(Eval=0, MMEngine=4, Tune=0),
         FP16=dict(Eval=2, MMEngine=2, Tune=0))
@@ -186,7 +186,7 @@ def test_kept_per_weight():
 
 
 def test_autocast_gives_halves_where_stated():
-    dtypes = table4.autocast_dtypes()
+    dtypes = table4_steps.autocast_dtypes()
     assert dtypes['convolution'] == dtypes['batch_norm'] == 'bfloat16'
     assert dtypes['cross_entropy'] == 'float32'
 
