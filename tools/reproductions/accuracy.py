@@ -30,12 +30,8 @@ OTHER_THREADS = 'Eval, two threads'
 MODES: dict[str, tuple[str, Mapping[str, Any]]] = {
     'Train': ('Eval', NORM_TRAINS),
     'Eval': ('Eval', {}),
-    'Tune': ('Tune', {
-        'efficient_conv_bn_eval.activations': False
-    }),
-    'Deploy': ('Tune', {
-        'efficient_conv_bn_eval.mode': 'Deploy'
-    }),
+    'Tune': ('Tune', {'efficient_conv_bn_eval.activations': False}),
+    'Deploy': ('Tune', {'efficient_conv_bn_eval.mode': 'Deploy'}),
     'Train, from scratch': ('Eval', NORM_TRAINS | NOT_PRETRAINED),
     'Eval, from scratch': ('Eval', NOT_PRETRAINED),
 }
@@ -90,10 +86,8 @@ class Training:
     def command(self) -> list[str]:
         """Tell how it is started."""
         return [
-            sys.executable,
-            str(demo.TOOLS / 'train.py'),
-            str(self.config), '--work-dir',
-            str(self.folder), '--cfg-options',
+            sys.executable, str(demo.TOOLS / 'train.py'), str(self.config),
+            '--work-dir', str(self.folder), '--cfg-options',
             *(f'{key}={value}' for key, value in self.options.items())
         ]
 
@@ -110,10 +104,6 @@ class Training:
 def train(training: Training, commit: str | None) -> None:
     """Train, in a process of its own, unless this very code has done so.
 
-    Args:
-        training (Training): What to train.
-        commit (str, optional): Of this code.
-
     Raises:
         RuntimeError: If it fails.
     """
@@ -123,9 +113,7 @@ def train(training: Training, commit: str | None) -> None:
     process = subprocess.run(
         training.command(),
         env=os.environ | dict(OMP_NUM_THREADS=str(training.threads)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors='replace')
     if process.returncode:
         end = '\n'.join(process.stdout.splitlines()[-40:])

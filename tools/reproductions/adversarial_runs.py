@@ -65,13 +65,7 @@ class Target:
 def classifier(size: int, batch_size: int, train_size: int) -> Target:
     """Fit a linear layer to what MobileNetV2 says of digits.
 
-    Args:
-        size (int): Height and width of the images in pixels.
-        batch_size (int): How many to attack.
-        train_size (int): How many to fit the layer to.
-
-    Returns:
-        Target: Its images are others than those of the fit.
+    What is attacked are others than those of the fit.
     """
     model = pretrained_classifier().eval()
     images, labels = digits(size, train_size)
@@ -107,14 +101,6 @@ def detector(batches: int, iterations: int, batch_size: int) -> Target:
     """Train neck and head of the trees' RetinaNet on a fixed backbone.
 
     The maps of the backbone are computed once for each image.
-
-    Args:
-        batches (int): How many batches of images to train on.
-        iterations (int): Steps of training.
-        batch_size (int): How many validation images to attack.
-
-    Returns:
-        Target: The detector.
     """
     weights = fetch_weights()
     fetch_trees()
@@ -210,14 +196,7 @@ def attack(target: Target, model: nn.Module, dtype: torch.dtype,
            steps: int) -> Attack:
     """Search for adversarial examples (PGD, L-infinity).
 
-    Args:
-        target (Target): Gives images and loss.
-        model (nn.Module): In some mode.
-        dtype (torch.dtype): Of model and images.
-        steps (int): How many.
-
-    Returns:
-        Attack: From a random point of the ball, the same in every call.
+    From a random point of the ball, which is the same in every call.
     """
     center = target.images.to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -266,17 +245,7 @@ def compare(one: Attack, other: Attack) -> dict:
 
 
 def measure(target: Target, steps: int, rounds: int, what: str) -> dict:
-    """Attack in every mode, and count what it costs.
-
-    Args:
-        target (Target): What to attack.
-        steps (int): Of each attack.
-        rounds (int): How many steps of each mode to time.
-        what (str): For the progress.
-
-    Returns:
-        dict: Plain data.
-    """
+    """Attack in every mode, and count what it costs."""
     single, double = torch.float32, torch.float64
     models = {mode: target.variant(mode, single) for mode in MODES}
     runs = [(mode, single) for mode in MODES]
@@ -299,12 +268,10 @@ def measure(target: Target, steps: int, rounds: int, what: str) -> dict:
                        for images in (target.images, found.images[-1])]
             clean_loss = target.loss(model, target.images).item()
         rows[mode] = dict(
-            losses=[clean_loss, found.losses[-1]],
-            success=success,
+            losses=[clean_loss, found.losses[-1]], success=success,
             from_eval=compare(found, attacks['Eval', single]),
             from_exact=differing(found, exact),
-            kept=memory.kept,
-            peak=memory.peak)
+            kept=memory.kept, peak=memory.peak)
     timer = interleaved_seconds({m: s.run for m, s in tools.items()}, rounds)
     timings = [next(timer) for _ in track(range(rounds), f'Time the {what}')]
     for mode, row in rows.items():
@@ -317,13 +284,9 @@ def measure(target: Target, steps: int, rounds: int, what: str) -> dict:
         exact=compare(attacks['Tune', double], exact))
 
 
-def run(steps: int = 10,
-        rounds: int = 7,
-        digit_size: int = 160,
-        digit_batch: int = 8,
-        train_digits: int = 400,
-        train_batches: int = 12,
-        iterations: int = 120,
+def run(steps: int = 10, rounds: int = 7, digit_size: int = 160,
+        digit_batch: int = 8, train_digits: int = 400,
+        train_batches: int = 12, iterations: int = 120,
         detector_batch: int = 2) -> dict:
     """Attack a classifier and a detector in every mode.
 
@@ -340,12 +303,10 @@ def run(steps: int = 10,
     Returns:
         dict: ``targets`` by name.
     """
-    found = dict(steps=steps, train_digits=train_digits,
-                 iterations=iterations, targets={})
-    found['targets']['classifier'] = measure(
-        classifier(digit_size, digit_batch, train_digits), steps, rounds,
-        'classifier')
-    found['targets']['detector'] = measure(
-        detector(train_batches, iterations, detector_batch), steps, rounds,
-        'detector')
-    return found
+    targets = dict(
+        classifier=classifier(digit_size, digit_batch, train_digits),
+        detector=detector(train_batches, iterations, detector_batch))
+    return dict(
+        steps=steps, train_digits=train_digits, iterations=iterations,
+        targets={name: measure(target, steps, rounds, name)
+                 for name, target in targets.items()})

@@ -129,8 +129,7 @@ CASES = {
         conv, lambda channels: nn.LocalResponseNorm(5), False,
         'of the pixel'),
     'batch renormalization, eval': Case(conv, BatchRenorm2d, False, RUNNING),
-    'batch renormalization, train': Case(
-        conv, BatchRenorm2d, True, 'of the batch'),
+    'batch renormalization, train': Case(conv, BatchRenorm2d, True, BATCH),
     'whitening, eval': Case(conv, Whitening2d, False, RUNNING),
     'ConvWS + BatchNorm, eval': Case(
         partial(conv, ConvWS2d), nn.BatchNorm2d, False, RUNNING),
@@ -148,12 +147,6 @@ def make_blocks(case: Case) -> nn.Sequential:
 
     Without the second there would be nothing to turn on where the first
     cannot be.
-
-    Args:
-        case (Case): What the first consists of.
-
-    Returns:
-        nn.Sequential: Two of them, to be called by themselves.
     """
     torch.manual_seed(0)
     blocks = nn.Sequential(
@@ -170,9 +163,6 @@ def make_blocks(case: Case) -> nn.Sequential:
 @torch.no_grad()
 def departures(norm: nn.Module) -> dict[str, float]:
     """Test in float64 whether a normalization is one fixed function.
-
-    Args:
-        norm (nn.Module): The normalization.
 
     Returns:
         dict[str, float]: ``per_channel``: how far the output for random
@@ -225,15 +215,7 @@ def kept(block: nn.Module, x: Tensor) -> int:
 
 
 def measure(case: Case, size: int) -> dict[str, Any]:
-    """Find out everything about one case.
-
-    Args:
-        case (Case): The block.
-        size (int): Height and width of the maps.
-
-    Returns:
-        dict: Plain data.
-    """
+    """Find out everything about one case."""
     stock = make_blocks(case)
     tuned = copy.deepcopy(stock)
     report = turn_on(tuned, activations=False)

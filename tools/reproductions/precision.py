@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -62,15 +63,11 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel, bias=False,
                               padding=kernel // 2, groups=networks)
         self.norm = nn.BatchNorm2d(channels, EPS)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
+        randn = partial(torch.randn, generator=generator)
         deviation = (var + EPS)**.5
         with torch.no_grad():
-            weight = randn(*self.conv.weight.shape)
-            self.conv.weight.copy_(weight * deviation
-                                   / weight[0].numel()**.5)
+            weight = randn(self.conv.weight.shape) * deviation
+            self.conv.weight.copy_(weight / weight[0].numel()**.5)
             self.norm.running_mean.copy_(.3 * deviation * randn(channels))
             self.norm.running_var.fill_(var)
             self.norm.weight.copy_((randn(channels) / 2).exp())
@@ -100,10 +97,10 @@ class Task:
         self.rstd = (var + EPS)**-.5
         teacher = make_networks(networks, var, seed + 1).eval()
         generator = torch.Generator().manual_seed(seed + 2)
-        self.inputs = torch.randn((20, 4, networks * WIDTH, 6, 6),
-                                  generator=generator).double()
-        self.probe = torch.randn((4, networks * WIDTH, 6, 6),
-                                 generator=generator).double()
+        self.inputs, self.probe = (
+            torch.randn((*batches, 4, networks * WIDTH, 6, 6),
+                        generator=generator).double()
+            for batches in ((20, ), ()))
         with torch.no_grad():
             self.targets = torch.stack([teacher(x) for x in self.inputs])
         self.networks = networks
@@ -195,7 +192,7 @@ def rounding(task: Task, states: Sequence[dict[str, Tensor]],
         with torch.no_grad():
             grad = exact(x.double()) - task.targets[i]
         grad *= loss_scale(precision, task.rstd) / grad[0].numel()
-        grad = grad.to(half or torch.float32)
+        grad = grad.to(x.dtype)
         expected = gradients(exact, x.double(), grad.double())
         for mode, model in models.items():
             model.load_state_dict(state)
@@ -278,6 +275,11 @@ def drift_ratios(row: dict) -> list[float]:
     return [b / a for a, b in zip(stock, tune)]
 
 
+def drift_median(row: dict) -> float:
+    """The same of the median network."""
+    return statistics.median(drift_ratios(row))
+
+
 def by(rows: Iterable[dict], key: str) -> dict:
     """Group rows by one of their values."""
     groups: dict = {}
@@ -298,14 +300,12 @@ def figures(found: dict) -> dict[str, object]:
     """Write what the page shows."""
     rows = found['rows']
     steps, others = ratios(rows, TENSORS), ratios(rows, BUT_GAMMA)
-    ends = [statistics.median(drift_ratios(row)) for row in rows]
     values: dict[str, object] = {
-        'steps': found['steps'],
-        'networks': found['networks'],
+        'steps': found['steps'], 'networks': found['networks'],
         'points': len(found['points']),
         'step': f'{statistics.median(steps):.2f}',
         'step-span': span(steps, '.2f'),
-        'ends': span(ends, '.2f'),
+        'ends': span(map(drift_median, rows), '.2f'),
         'single': span([x for row in rows for x in drift_ratios(row)], '.2f'),
         'others': span(others, '.2f'),
         'others-median': f'{statistics.median(others):.2f}',
@@ -313,11 +313,11 @@ def figures(found: dict) -> dict[str, object]:
                              in medians_by_rstd(rows).items()),
         'output': output_errors(rows),
         'drift': table(rows, {
-            'rstd': lambda row: f'{row["rstd"]:.4g}',
-            'precision': lambda row: row['precision'],
+            'rstd': '{0[rstd]:.4g}'.format,
+            'precision': '{0[precision]}'.format,
             'learned': lambda row: f'{statistics.median(row["learned"]):.2f}',
-            'Eval': lambda row: f'{row["drift"]["Eval"]["medians"][-1]:.1e}',
-            'Tune': lambda row: f'{row["drift"]["Tune"]["medians"][-1]:.1e}',
+            **{mode: lambda row, mode=mode: '{:.1e}'.format(
+                row['drift'][mode]['medians'][-1]) for mode in MODES},
             'Tune / Eval': lambda row: quartiles_text(drift_ratios(row), 2)
         })
     }
@@ -325,9 +325,7 @@ def figures(found: dict) -> dict[str, object]:
         values |= {
             precision: rounding_table(group),
             f'gamma-{precision}': span(ratios(group, ['norm.weight']), '.2f'),
-            f'ends-{precision}': span(
-                [statistics.median(drift_ratios(row)) for row in group],
-                '.2f')
+            f'ends-{precision}': span(map(drift_median, group), '.2f')
         }
     return values
 
@@ -337,14 +335,12 @@ def rounding_table(rows: Sequence[dict]) -> str:
     blocks = [(row, number, *errors) for row in rows for number, errors in
               enumerate(zip(*(row['rounding'][mode] for mode in MODES)), 1)]
 
-    def cell(key: str):
-        return lambda it: (f'{it[2][key]:.1e} '
-                           f'({ratio(it[2][key], it[3][key]):.2f})')
-
     return table(blocks, {
         'rstd': lambda it: f'{it[0]["rstd"]:.4g}',
         'block': lambda it: it[1],
-        **{title: cell(key) for key, title in TENSORS.items()}
+        **{title: lambda it, key=key: '{:.1e} ({:.2f})'.format(
+            it[2][key], ratio(it[2][key], it[3][key]))
+           for key, title in TENSORS.items()}
     })
 
 
@@ -368,7 +364,7 @@ def claims(found: dict) -> dict[str, bool]:
         'the ratio does not depend much on rstd':
         max(medians) / min(medians) < 1.25,
         f'after the whole training no median is above {BOUND:g}':
-        all(statistics.median(drift_ratios(row)) <= BOUND for row in rows)
+        all(drift_median(row) <= BOUND for row in rows)
     }
 
 
@@ -391,14 +387,14 @@ def plot(found: dict, figure: Figure) -> None:
                  title=f'{name}, first block')
     last, rows = max(by(found['rows'], 'rstd').items())
     for row in rows:
-        for mode in MODES:
+        for mode, style in styles.items():
             grid[1, 1].semilogy(
                 found['points'][1:], row['drift'][mode]['medians'][1:],
-                styles[mode][1:], color=colors[row['precision']])
+                style[1:], color=colors[row['precision']])
     grid[1, 1].set(xlabel='step', ylabel='distance from float64',
                    title=f'whole training, rstd {last:.4g}')
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=3)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(),
+                  loc='outside lower center', ncols=3)
 
 
 PAGE = Page(run, figures, claims, plot)

@@ -26,15 +26,11 @@ STAGES = 4
 # Its blocks whose gamma, or variance, is made small.
 SMALL_GAMMA = 'backbone.layer3.1.linear_conv.bn'
 SMALL_VAR = 'backbone.layer4.2.depthwise_conv.bn'
-RUNS = {
-    'Eval': 'Eval',
-    'Tune': 'Tune',
-    # Knows how far apart two runs get by rounding alone.
-    'Eval, shuffled': 'Eval',
-    'Tune, same point': 'Tune',
-    'Deploy': 'Deploy'
-}
+# The mode of each run. One that is shuffled tells how far apart two runs get
+# by rounding alone.
 ONE_STEP = 'Tune, same point'
+RUNS = {'Eval': 'Eval', 'Tune': 'Tune', 'Eval, shuffled': 'Eval',
+        ONE_STEP: 'Tune', 'Deploy': 'Deploy'}
 DTYPES = ('float64', 'float32')
 
 
@@ -65,27 +61,22 @@ def reestimate(model: nn.Module, images: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def shrink_gamma(model: nn.Module) -> None:
     """Half of a block's channels get a gamma of 0, the others 1e-8."""
-    for name, norm in model.named_modules():
-        if name == SMALL_GAMMA and isinstance(norm, _BatchNorm):
-            norm.weight.fill_(1e-8)[::2] = 0
+    norm = model.get_submodule(SMALL_GAMMA)
+    # In Deploy mode it is folded.
+    if isinstance(norm, _BatchNorm):
+        norm.weight.fill_(1e-8)[::2] = 0
 
 
 @torch.no_grad()
 def shrink_var(model: nn.Module) -> None:
     """A block's variances become 0, where rstd is 316."""
-    for name, norm in model.named_modules():
-        if name == SMALL_VAR and isinstance(norm, _BatchNorm):
-            norm.running_var.zero_()
+    norm = model.get_submodule(SMALL_VAR)
+    if isinstance(norm, _BatchNorm):
+        norm.running_var.zero_()
 
 
 class Material:
-    """Batches of digits to learn, and of trees.
-
-    Args:
-        size (int): Height and width in pixels.
-        batch_size (int): Images of a batch.
-        batches (int): How many of digits; they are used in turn.
-    """
+    """Batches of digits to learn, which are used in turn, and of trees."""
 
     def __init__(self, size: int, batch_size: int, batches: int) -> None:
         images, labels = digits(size, batch_size * batches)
@@ -107,12 +98,8 @@ def events(material: Material) -> dict[str, Callable]:
     """What happens to a model, in this order."""
 
     def on(images: Sequence[Tensor]) -> Callable:
-
-        def event(model: nn.Module) -> None:
-            dtype = model.head.weight.dtype
-            reestimate(model, [batch.to(dtype) for batch in images])
-
-        return event
+        return lambda model: reestimate(
+            model, [batch.to(model.head.weight.dtype) for batch in images])
 
     return {
         're-estimated on the digits': on(material.digits),
@@ -126,13 +113,7 @@ def events(material: Material) -> dict[str, Callable]:
 
 
 class Learner:
-    """A model that is trained step by step.
-
-    Args:
-        start (nn.Module): Stock.
-        mode (str): To put a copy of it into.
-        dtype (torch.dtype): Of everything.
-    """
+    """A copy of a model in some mode, that is trained step by step."""
 
     def __init__(self, start: nn.Module, mode: str,
                  dtype: torch.dtype) -> None:
@@ -183,9 +164,7 @@ def worst(gradients: dict[str, Tensor], stock: dict[str, Tensor]) -> float:
     return max(max(errors[block]) / max(norms[block]) for block in norms)
 
 
-def run(interval: int = 14,
-        size: int = 48,
-        batch_size: int = 8,
+def run(interval: int = 14, size: int = 48, batch_size: int = 8,
         dtypes: Sequence[str] = DTYPES) -> dict:
     """Train in all modes side by side while statistics jump.
 
@@ -210,13 +189,8 @@ def run(interval: int = 14,
     }
     steps = interval * (len(happenings) + 1)
     found: dict = dict(
-        size=size,
-        batch_size=batch_size,
-        blocks=len(norms(start)),
-        interval=interval,
-        steps=steps,
-        events=schedule,
-        runs={})
+        size=size, batch_size=batch_size, blocks=len(norms(start)),
+        interval=interval, steps=steps, events=schedule, runs={})
     batches = list(itertools.islice(itertools.cycle(material.batches), steps))
     for dtype in dtypes:
         learners = {
@@ -279,12 +253,7 @@ def take_step(learners: dict[str, Learner], exact: Learner,
 
 def smooth_errors(start: nn.Module, material: Material,
                   steps: int) -> dict[str, list[float]]:
-    """Errors of steps in float32 where nothing bends.
-
-    Args:
-        start (nn.Module): The network; a copy gets SiLU for ReLU6.
-        material (Material): Its batches.
-        steps (int): How many.
+    """Errors of steps in float32 where nothing bends: SiLU for ReLU6.
 
     Returns:
         dict[str, list[float]]: As ``error`` of :func:`run`, of Eval and Tune.

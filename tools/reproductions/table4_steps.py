@@ -55,17 +55,12 @@ def read_rows(folder: Path = CONFIGS) -> list[dict]:
         if 'tune-' not in path:
             continue
         twins = [models[path.replace('tune-', '')], model]
-        rows.append(
-            dict(
-                name=model['Name'],
-                config=path,
-                eval=twins[0]['Config'],
-                batch=model['Metadata']['Batch Size'],
-                precision=model['Metadata']['Precision'],
-                gb=[twin['Metadata']['Training Memory (GB)']
-                    for twin in twins],
-                ap=[twin['Results'][0]['Metrics']['box AP']
-                    for twin in twins]))
+        rows.append(dict(
+            name=model['Name'], config=path, eval=twins[0]['Config'],
+            batch=model['Metadata']['Batch Size'],
+            precision=model['Metadata']['Precision'],
+            gb=[twin['Metadata']['Training Memory (GB)'] for twin in twins],
+            ap=[twin['Results'][0]['Metrics']['box AP'] for twin in twins]))
     return rows
 
 
@@ -128,11 +123,8 @@ def run(shape: Sequence[int] = (800, 1344),
             if int(batch) == row['batch'] or row['batch'] > max(batches)
         }
     return dict(
-        shape=list(shape),
-        batches=list(batches),
-        rows=rows,
-        suspected=suspected,
-        kept_per_weight=kept_per_weight(),
+        shape=list(shape), batches=list(batches), rows=rows,
+        suspected=suspected, kept_per_weight=kept_per_weight(),
         autocast=autocast_dtypes())
 
 
