@@ -338,8 +338,8 @@ def rounding_table(rows: Sequence[dict]) -> str:
     return table(blocks, {
         'rstd': lambda it: f'{it[0]["rstd"]:.4g}',
         'block': lambda it: it[1],
-        **{title: lambda it, key=key: '{:.1e} ({:.2f})'.format(
-            it[2][key], ratio(it[2][key], it[3][key]))
+        **{title: lambda it, key=key: f'{it[2][key]:.1e} '
+           f'({ratio(it[2][key], it[3][key]):.2f})'
            for key, title in TENSORS.items()}
     })
 

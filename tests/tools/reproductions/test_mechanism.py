@@ -12,19 +12,21 @@ from reproductions import mechanism_runs as runs
 
 from mmtune.analysis import lr_limit
 from tests.oracle import randomize, step
-from tests.tools.synthetic import doubted, filled
+from tests.tools.synthetic import doubted, filled, processes
 
 
 @pytest.fixture(scope='module')
 def found():
-    found = mechanism.run(
-        times=(1., 0.1),
-        lrs=(0.02, 50.),
-        seeds=(0, ),
-        steps=12,
-        pretrain_steps=20,
-        control_lr=0.002,
-        alone_lrs=(0.002, 1e4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, 'processes', processes)
+        found = mechanism.run(
+            times=(1., 0.1),
+            lrs=(0.02, 50.),
+            seeds=(0, ),
+            steps=12,
+            pretrain_steps=20,
+            control_lr=0.002,
+            alone_lrs=(0.002, 1e4))
     return json.loads(json.dumps(found, allow_nan=False))
 
 
