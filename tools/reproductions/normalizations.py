@@ -85,22 +85,6 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class Case(NamedTuple):
-    """A convolution and a normalization.
-
-    Attributes:
-        conv (Callable): Gives the convolution.
-        norm (Callable): Gives the normalization of a number of channels.
-        training (bool): Whether it is in train mode.
-        statistics (str): What it normalizes by.
-    """
-
-    conv: Callable[[], nn.Module]
-    norm: Callable[[int], nn.Module]
-    training: bool
-    statistics: str
-
-
 def conv(kind: type = nn.Conv2d) -> nn.Module:
     return kind(CHANNELS, CHANNELS, 3, padding=1, bias=False)
 
@@ -109,36 +93,53 @@ def weight_norm_conv() -> nn.Module:
     return parametrizations.weight_norm(conv())
 
 
-RUNNING, BATCH, SAMPLE = ('running', 'of the batch', 'of the sample')
-tracking = partial(
-    nn.InstanceNorm2d, affine=True, track_running_stats=True)
+# What a normalization normalizes by.
+RUNNING, BATCH, SAMPLE, PIXEL = ('running', 'of the batch', 'of the sample',
+                                 'of the pixel')
+
+
+class Case(NamedTuple):
+    """A convolution and a normalization.
+
+    Attributes:
+        norm (Callable): Gives the normalization of a number of channels.
+        statistics (str): What it normalizes by.
+        training (bool): Whether it is in train mode.
+        conv (Callable): Gives the convolution.
+    """
+
+    norm: Callable[[int], nn.Module]
+    statistics: str = RUNNING
+    training: bool = False
+    conv: Callable[[], nn.Module] = conv
+
+
+instance_norm = partial(nn.InstanceNorm2d, affine=True)
+tracking = partial(instance_norm, track_running_stats=True)
+group_norm = partial(nn.GroupNorm, 8)
+standardized, affine_standardized = (
+    partial(conv, kind) for kind in (ConvWS2d, ConvAWS2d))
 CASES = {
-    'BatchNorm, eval': Case(conv, nn.BatchNorm2d, False, RUNNING),
-    'BatchNorm, train': Case(conv, nn.BatchNorm2d, True, BATCH),
-    'SyncBatchNorm, eval': Case(conv, nn.SyncBatchNorm, False, RUNNING),
-    'FrozenBatchNorm': Case(conv, FrozenBatchNorm2d, True, RUNNING),
-    'InstanceNorm with running statistics, eval': Case(
-        conv, tracking, False, RUNNING),
+    'BatchNorm, eval': Case(nn.BatchNorm2d),
+    'BatchNorm, train': Case(nn.BatchNorm2d, BATCH, training=True),
+    'SyncBatchNorm, eval': Case(nn.SyncBatchNorm),
+    'FrozenBatchNorm': Case(FrozenBatchNorm2d, training=True),
+    'InstanceNorm with running statistics, eval': Case(tracking),
     'InstanceNorm with running statistics, train': Case(
-        conv, tracking, True, SAMPLE),
-    'InstanceNorm': Case(
-        conv, partial(nn.InstanceNorm2d, affine=True), False, SAMPLE),
-    'GroupNorm': Case(conv, partial(nn.GroupNorm, 8), False, SAMPLE),
-    'LayerNorm': Case(conv, LayerNorm2d, False, 'of the pixel'),
-    'LocalResponseNorm': Case(
-        conv, lambda channels: nn.LocalResponseNorm(5), False,
-        'of the pixel'),
-    'batch renormalization, eval': Case(conv, BatchRenorm2d, False, RUNNING),
-    'batch renormalization, train': Case(conv, BatchRenorm2d, True, BATCH),
-    'whitening, eval': Case(conv, Whitening2d, False, RUNNING),
-    'ConvWS + BatchNorm, eval': Case(
-        partial(conv, ConvWS2d), nn.BatchNorm2d, False, RUNNING),
+        tracking, SAMPLE, training=True),
+    'InstanceNorm': Case(instance_norm, SAMPLE),
+    'GroupNorm': Case(group_norm, SAMPLE),
+    'LayerNorm': Case(LayerNorm2d, PIXEL),
+    'LocalResponseNorm': Case(lambda _: nn.LocalResponseNorm(5), PIXEL),
+    'batch renormalization, eval': Case(BatchRenorm2d),
+    'batch renormalization, train': Case(BatchRenorm2d, BATCH, training=True),
+    'whitening, eval': Case(Whitening2d),
+    'ConvWS + BatchNorm, eval': Case(nn.BatchNorm2d, conv=standardized),
     'ConvAWS + BatchNorm, eval': Case(
-        partial(conv, ConvAWS2d), nn.BatchNorm2d, False, RUNNING),
+        nn.BatchNorm2d, conv=affine_standardized),
     'weight_norm + BatchNorm, eval': Case(
-        weight_norm_conv, nn.BatchNorm2d, False, RUNNING),
-    'ConvWS + GroupNorm': Case(
-        partial(conv, ConvWS2d), partial(nn.GroupNorm, 8), False, SAMPLE),
+        nn.BatchNorm2d, conv=weight_norm_conv),
+    'ConvWS + GroupNorm': Case(group_norm, SAMPLE, conv=standardized),
 }
 
 
