@@ -1,8 +1,8 @@
 """Check what of the paper can be checked here, and write the pages of it.
 
 Without names, all of them, one after another, each in a process of its own.
-Each writes its figures, a plot and a page to docs/en/reproduction; the index
-of them is docs/en/reproduction.md.
+Each writes its figures and its drawings to docs/en/reproduction and fills
+them into its page there; the index of them is docs/en/reproduction.md.
 """
 import argparse
 import importlib
@@ -12,41 +12,35 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 from mmengine.logging import MMLogger
 from reproductions import records
-from reproductions.pages import paragraph, table
+from reproductions.page import Page, duration, fill, table, without_places
 
 from mmtune.analysis.machine import describe_commit, describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ('table4', 'accuracy', 'coefficients', 'mechanism', 'classification',
-         'architectures', 'adversarial', 'statistics', 'precision', 'scratch',
-         'normalizations')
-
-INTRODUCTION = """\
-# The paper, as far as small machines can check it
-
-<!-- Written by tools/reproduce.py; do not edit. -->
-
-Each page asks one question of
-[arXiv 2305.11624](https://arxiv.org/abs/2305.11624), or one that it leaves
-open, and answers it with figures that one command measures anew:
-
-```bash
-make reproduce                       # all pages
-python tools/reproduce.py accuracy   # one of them
-python tools/reproduce.py --render   # write the pages from their figures
-```
-
-The figures stand as JSON beside the pages, in
-`docs/en/reproduction/`. Nothing was run on a GPU, nor on COCO, CUB-200,
-Aircraft or Cars, so that no time on a GPU is checked; the commands for 8 GPUs
-are on the pages on [Table 4](reproduction/table4.md#not-run-here) and
-[Table 3](reproduction/classification.md#not-run-here). That 496 of 634 configs
-of MMDetection train with BatchNorm in eval mode is not checked either."""
+# Where the prose of the pages is.
+TEXTS = ROOT / 'docs' / 'en'
+# What of the paper each is about.
+NAMES = {
+    'table4': 'Table 4, memory',
+    'accuracy': 'Table 4, mAP',
+    'coefficients': 'Mechanism 1',
+    'mechanism': 'Mechanism 1',
+    'limits': 'Mechanism 1',
+    'classification': 'Table 3',
+    'architectures': '40% less memory',
+    'adversarial': 'adversarial examples',
+    'statistics': 'left open',
+    'precision': 'left open',
+    'scratch': 'left open',
+    'normalizations': 'left open',
+}
+# Pages that are written from what is measured for another.
+SOURCES = {'limits': 'mechanism'}
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,17 +68,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load(name: str) -> ModuleType:
-    """Import what makes a page.
+def load(name: str) -> Page:
+    """Import what makes a page, by its name in :data:`NAMES`."""
+    return importlib.import_module(f'reproductions.{name}').PAGE
 
-    Args:
-        name (str): Of :data:`NAMES`.
 
-    Returns:
-        ModuleType: With ``TITLE``, ``OF_PAPER`` (what of the paper it is
-        about), ``QUESTION``, ``run``, ``answer``, ``page`` and ``plot``.
-    """
-    return importlib.import_module(f'reproductions.{name}')
+def source(name: str) -> str:
+    """Tell under which name the figures of a page are measured."""
+    return SOURCES.get(name, name)
 
 
 def measure(name: str, folder: Path) -> None:
@@ -107,44 +98,53 @@ def measure(name: str, folder: Path) -> None:
     records.write(folder / f'{name}.json', record)
 
 
+def measure_all(names: Iterable[str], docs: Path) -> list[str]:
+    """Run several reproductions.
+
+    Each in a process of its own, or the settings that one leaves behind would
+    be those of the next.
+
+    Args:
+        names (Iterable[str]): Of :data:`NAMES`.
+        docs (Path): The folder with ``reproduction/``.
+
+    Returns:
+        list[str]: Those that failed.
+    """
+    failed = []
+    for name in names:
+        print(f'== {name}', flush=True)
+        command = [sys.executable, __file__, name, '--docs', str(docs)]
+        if subprocess.run(command).returncode:
+            failed.append(name)
+    return failed
+
+
 def render(name: str, folder: Path) -> None:
     """Write the page and the plot of a reproduction from its figures.
 
     Args:
         name (str): Of :data:`NAMES`.
-        folder (Path): With ``NAME.json``.
+        folder (Path): With the JSON of its :func:`source`.
     """
-    record = json.loads((folder / f'{name}.json').read_text())
-    module = load(name)
-    module.plot(record['found'], folder / f'{name}.png')
-    (folder / f'{name}.md').write_text(write_page(name, module, record))
+    record = json.loads((folder / f'{source(name)}.json').read_text())
+    page = load(name)
+    page.plot(record['found'], folder / f'{name}.png')
+    (folder / f'{name}.md').write_text(write_page(name, record))
 
 
-def write_page(name: str, module: ModuleType, record: dict) -> str:
-    """Write a page.
+def write_page(name: str, record: dict) -> str:
+    """Fill a page with what was found.
 
     Args:
         name (str): Of :data:`NAMES`.
-        module (ModuleType): From :func:`load`.
         record (dict): From :func:`measure`.
 
     Returns:
         str: Markdown.
     """
-    how = (f'`{record["command"]}`, {duration(record["seconds"])} on '
-           f'{record["cpu"]} ({record["cores"]} cores), on the '
-           f'{record["device"]}; torch '
-           f'{record["torch"]}, mmtune {record["mmtune"]}, commit '
-           f'{record["commit"] or "unknown"}.')
-    return '\n\n'.join([
-        f'# {module.TITLE}', f'<!-- Written by {record["command"]}; do not '
-        'edit. -->',
-        paragraph(module.QUESTION),
-        paragraph(f'**{module.answer(record["found"])}**'),
-        f'![{module.TITLE}]({name}.png)',
-        module.page(record['found']).strip(), '## How it was measured',
-        paragraph(how)
-    ]) + '\n'
+    text = (TEXTS / f'reproduction/{name}.md').read_text()
+    return load(name).write(text, record)
 
 
 def write_index(docs: Path) -> str:
@@ -156,42 +156,46 @@ def write_index(docs: Path) -> str:
     Returns:
         str: Markdown.
     """
-    rows, missing, seconds, commits, machines = [], [], 0, set(), set()
-    for name in NAMES:
-        path = docs / f'reproduction/{name}.json'
-        module = load(name)
-        if not path.is_file():
-            missing.append(f'- {module.TITLE}')
-            continue
-        record = json.loads(path.read_text())
-        seconds += record['seconds']
-        commits.add(record['commit'] or 'unknown')
-        machines.add(f'{record["cpu"]} ({record["cores"]} cores)')
-        rows.append((f'[{module.TITLE}](reproduction/{name}.md)',
-                     module.OF_PAPER, module.answer(record['found']),
-                     duration(record['seconds'])))
-    total = paragraph(
-        f'The runs took {duration(seconds)} together on '
-        f'{", ".join(sorted(machines))}, on the CPU, at commit '
-        f'{", ".join(sorted(commits))}.') if rows else ''
-    titles = 'page', 'of the paper', 'what came out', 'time'
-    parts = [INTRODUCTION, table(titles, rows), total]
+    folder = docs / 'reproduction'
+    done = [name for name in NAMES
+            if (folder / f'{source(name)}.json').is_file()]
+    records_ = {name: json.loads((folder / f'{name}.json').read_text())
+                for name in dict.fromkeys(map(source, done))}
+    # What has not been run has no page in another folder.
+    heads = {name: read_head((folder if name in done else
+                              TEXTS / 'reproduction') / f'{name}.md')
+             for name in NAMES}
+    parts = [table(done, {
+        'page': lambda name: f'[{heads[name][0]}](reproduction/{name}.md)',
+        'of the paper': NAMES.get,
+        'what came out': lambda name: heads[name][1],
+        'time': lambda name: duration(records_[source(name)]['seconds'])
+    })]
+    if done:
+        parts.append(totals(records_.values()))
+    missing = [f'- {heads[name][0]}' for name in NAMES if name not in done]
     if missing:
         parts += ['Not run here:', '\n'.join(missing)]
-    return '\n\n'.join(filter(None, parts)) + '\n'
+    return fill((TEXTS / 'reproduction.md').read_text(),
+                dict(pages='\n\n'.join(parts)))
 
 
-def duration(seconds: int) -> str:
-    """Write a time.
+def read_head(page: Path) -> tuple[str, str]:
+    """Read the title of a page, and what came out: its first bold text."""
+    text = without_places(page.read_text())
+    title = text.split('\n', 1)[0].removeprefix('# ')
+    return title, ' '.join(text.split('**')[1].split())
 
-    Args:
-        seconds (int): Whole seconds.
 
-    Returns:
-        str: Such as ``'3 min 20 s'``.
-    """
-    minutes, rest = divmod(seconds, 60)
-    return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+def totals(found: Iterable[dict]) -> str:
+    """Say how long all runs took, and where they were."""
+    rows = list(found)
+    commits = sorted({row['commit'] or 'unknown' for row in rows})
+    machines = sorted({f'{row["cpu"]} ({row["cores"]} cores)'
+                       for row in rows})
+    return (f'The runs took {duration(sum(row["seconds"] for row in rows))} '
+            f'together on {", ".join(machines)}, on the CPU, at commit '
+            f'{", ".join(commits)}.')
 
 
 def main() -> None:
@@ -199,22 +203,16 @@ def main() -> None:
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     args = parse_args()
     folder = args.docs / 'reproduction'
-    names = args.names or NAMES
+    wanted = dict.fromkeys(map(source, args.names or NAMES))
     failed = []
-    if not args.render:
-        if len(names) == 1:
-            measure(names[0], folder)
-        else:
-            # Each in a process of its own, or the settings that one leaves
-            # behind would be those of the next.
-            for name in names:
-                print(f'== {name}', flush=True)
-                command = [sys.executable, __file__, name, '--docs',
-                           str(args.docs)]
-                if subprocess.run(command).returncode:
-                    failed.append(name)
-    for name in names:
-        if (folder / f'{name}.json').is_file() and name not in failed:
+    if not args.render and len(wanted) == 1:
+        measure(*wanted, folder)
+    elif not args.render:
+        failed = measure_all(wanted, args.docs)
+    for name in NAMES:
+        measured = source(name)
+        if (measured in wanted and measured not in failed
+                and (folder / f'{measured}.json').is_file()):
             render(name, folder)
     (args.docs / 'reproduction.md').write_text(write_index(args.docs))
     if failed:

@@ -1,10 +1,14 @@
 """Stand-ins for what is fetched, and for what takes processes of its own."""
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import reproduce
 import torch
 from misc import download_dataset
 from mmdet.models import MobileNetV2
+from reproductions.page import without_places
 
 from tests.oracle import randomize
 
@@ -52,3 +56,24 @@ def shorten(modes, folder, monkeypatch, iterations):
 def in_turn(function, tasks, what):
     """What `in_processes` does, here: processes know of no monkeypatch."""
     return [function(*task) for task in tasks]
+
+
+@contextlib.contextmanager
+def processes():
+    """What `processes` does, here."""
+    with ThreadPoolExecutor(1) as worker:
+        yield worker
+
+
+def filled(name, found):
+    """A page with other figures, as words with single spaces between."""
+    record = dict(command='', seconds=0, cpu='', cores=1, device='CPU',
+                  torch='', mmtune='', commit='', found=found)
+    page = reproduce.write_page(name, record)
+    return ' '.join(without_places(page).split())
+
+
+def doubted(name, found):
+    """What the prose of a page says and other figures do not."""
+    claims = reproduce.load(name).claims(found)
+    return [claim for claim, holds in claims.items() if not holds]

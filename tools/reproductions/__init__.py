@@ -1,6 +1,6 @@
 """What of the paper can be checked on a small machine, a module a page.
 
-``run()`` measures and returns plain data, which is kept as JSON. From that,
-``answer(found)`` tells in a sentence what came out, ``page(found)`` writes
-the rest of the page in Markdown, and ``plot(found, path)`` its picture.
+The prose of a page is in docs/en/reproduction, with places for what is
+measured. A module has the measurement, what it makes of that for these
+places, and the figure: its ``PAGE``.
 """

@@ -2,14 +2,11 @@
 import json
 import math
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,62 +15,32 @@ from typing import Any
 import demo
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from rich.progress import Progress
 
 from mmtune.analysis.machine import describe_commit
-from reproductions.material import fetch_trees, fetch_weights
-from reproductions.pages import (
-    CONFIDENCE,
-    difference_text,
-    difference_verdict,
-    mean_spread,
-    paired_difference,
-    paragraph,
-    table,
-)
-
-TITLE = 'Accuracy on the trees'
-OF_PAPER = 'Table 4, mAP'
-QUESTION = paragraph("""
-    The paper fine-tunes detectors in Tune mode to the accuracy that Eval mode
-    reaches (Table 4: mAP differs by at most 0.003), calls Deploy unstable to
-    train, and Train the only mode for training from scratch. Is that so for a
-    real transfer run that two CPU cores finish in minutes?
-    """)
+from reproductions.material import fetch_trees, fetch_weights, in_processes
+from reproductions.page import Difference, Page, drawing, mean_spread, table
 
 # Relative to the folder that this is started in, as are the configs' paths.
 WORK_DIR = Path('work_dirs/reproduce/accuracy')
 
 NORM_TRAINS = {'model.backbone.norm_eval': False}
 NOT_PRETRAINED = {'model.backbone.init_cfg': None}
+OTHER_THREADS = 'Eval, two threads'
 # The config of the demo that a mode starts from, and what it changes there.
 MODES: dict[str, tuple[str, Mapping[str, Any]]] = {
     'Train': ('Eval', NORM_TRAINS),
     'Eval': ('Eval', {}),
-    'Tune': ('Tune', {
-        'efficient_conv_bn_eval.activations': False
-    }),
-    'Deploy': ('Tune', {
-        'efficient_conv_bn_eval.mode': 'Deploy'
-    }),
+    'Tune': ('Tune', {'efficient_conv_bn_eval.activations': False}),
+    'Deploy': ('Tune', {'efficient_conv_bn_eval.mode': 'Deploy'}),
     'Train, from scratch': ('Eval', NORM_TRAINS | NOT_PRETRAINED),
     'Eval, from scratch': ('Eval', NOT_PRETRAINED),
 }
-OTHER_THREADS = 'Eval, two threads'
 # Below this mAP, detections are about as good as none.
 LEARNS_NOTHING = 0.03
-# With what a mode is compared, and what the paper says of it.
-CLAIMS = {
-    'Tune': ('Eval', 'In the paper mAP differs by at most 0.003, on COCO.'),
-    'Deploy': ('Eval', 'The paper calls it unstable to train; '
-               '[mechanism.md](mechanism.md) looks for when it is.'),
-    'Train': ('Eval', 'The paper counts most configs of detectors that are '
-              'fine-tuned as running in Eval.'),
-    'Train, from scratch': ('Train', 'This is what the ImageNet weights are '
-                            'worth by this recipe.'),
-    'Eval, from scratch': ('Train, from scratch', 'The paper calls Train the '
-                           'only way from scratch.'),
-}
+# With what each mode is compared.
+PAIRS = (('Tune', 'Eval'), ('Deploy', 'Eval'), ('Train', 'Eval'),
+         ('Train, from scratch', 'Train'),
+         ('Eval, from scratch', 'Train, from scratch'))
 
 
 @dataclass(frozen=True)
@@ -81,183 +48,89 @@ class Training:
     """One run of ``tools/train.py``.
 
     Attributes:
-        mode (str): What it is called on the page.
-        seed (int): Of the run.
-        config (Path): Of the run.
-        options (Mapping[str, Any]): What is changed in the config.
-        threads (int): That torch computes with.
+        mode (str): Of :data:`MODES`, or :data:`OTHER_THREADS`.
+        seed (int): Of the head, of batches and of how images are flipped.
     """
 
     mode: str
     seed: int
-    config: Path
-    options: Mapping[str, Any]
-    threads: int = 1
 
     @property
-    def name(self) -> str:
-        """What messages call it."""
-        return f'{self.mode}, seed {self.seed}'
+    def threads(self) -> int:
+        """How many torch computes with."""
+        return 2 if self.mode == OTHER_THREADS else 1
+
+    @property
+    def config(self) -> Path:
+        """What is run, but for the options."""
+        return demo.MODES[MODES.get(self.mode, ('Eval', ))[0]]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is changed in the config."""
+        changes = MODES[self.mode][1] if self.mode in MODES else {}
+        return {**changes, 'randomness.seed': self.seed}
 
     @property
     def folder(self) -> Path:
         """Its work dir."""
-        return WORK_DIR / self.name.lower().replace(', ', '_').replace(
-            ' ', '-')
+        name = f'{self.mode}_seed-{self.seed}'.lower()
+        return WORK_DIR / name.replace(', ', '_').replace(' ', '-')
 
     def load_config(self) -> Config:
-        """Make the config that ``tools/train.py`` will run.
-
-        Returns:
-            Config: With the options applied.
-        """
+        """Make the config that ``tools/train.py`` will run."""
         config = Config.fromfile(self.config)
-        config.merge_from_dict(dict(self.options))
+        config.merge_from_dict(self.options)
         return config
 
-    def start(self) -> subprocess.Popen:
-        """Start training, in a process of its own.
-
-        Returns:
-            subprocess.Popen: Its output is text, errors included.
-        """
-        command = [
-            sys.executable, '-u',
-            str(demo.TOOLS / 'train.py'),
-            str(self.config), '--work-dir',
-            str(self.folder), '--cfg-options',
+    def command(self) -> list[str]:
+        """Tell how it is started."""
+        return [
+            sys.executable, str(demo.TOOLS / 'train.py'), str(self.config),
+            '--work-dir', str(self.folder), '--cfg-options',
             *(f'{key}={value}' for key, value in self.options.items())
         ]
-        return subprocess.Popen(
-            command,
-            env=os.environ | dict(OMP_NUM_THREADS=str(self.threads)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors='replace')
+
+    def is_finished(self, commit: str | None) -> bool:
+        """Tell whether it was completed, at the same commit."""
+        if not demo.is_finished(self.folder, self.load_config()):
+            return False
+        record = json.loads((self.folder / 'run.json').read_text())
+        # Nobody knows what is in a changed tree.
+        known = commit and not commit.endswith('-dirty')
+        return bool(known) and record.get('commit') == commit
 
 
-def list_trainings(modes: Sequence[str],
-                   seeds: Sequence[int]) -> list[Training]:
-    """List the runs that the page needs.
-
-    Args:
-        modes (Sequence[str]): Names from :data:`MODES`, ``'Eval'`` and
-            ``'Tune'`` among them.
-        seeds (Sequence[int]): For each mode.
-
-    Returns:
-        list[Training]: The runs, and one of Eval with another thread count,
-        which shows what rounding alone does.
+def train(training: Training, commit: str | None) -> None:
+    """Train, in a process of its own, unless this very code has done so.
 
     Raises:
-        ValueError: If a mode is unknown, or Eval or Tune is missing.
+        RuntimeError: If it fails.
     """
-    unknown = set(modes) - set(MODES)
-    if unknown or not {'Eval', 'Tune'} <= set(modes):
-        raise ValueError('`modes` must hold Eval, Tune and any of '
-                         f'{", ".join(MODES)}, but got {list(modes)!r}')
-    trainings = [
-        Training(mode, seed, demo.MODES[MODES[mode][0]],
-                 MODES[mode][1] | {'randomness.seed': seed})
-        for seed in seeds for mode in modes
-    ]
-    first = {'randomness.seed': seeds[0]}
-    return trainings + [
-        Training(
-            OTHER_THREADS, seeds[0], demo.MODES['Eval'], first, threads=2)
-    ]
-
-
-class Trainer:
-    """Trains several at a time, and shows how far they are.
-
-    Args:
-        trainings (Sequence[Training]): What to train.
-    """
-
-    def __init__(self, trainings: Sequence[Training]) -> None:
-        self.progress = Progress()
-        # Not in the threads: MMEngine's reader of configs is not made for it.
-        self.jobs = [(t, t.load_config()) for t in trainings]
-        total = sum(config.train_cfg.max_iters for _, config in self.jobs)
-        self.task = self.progress.add_task('Train', total=total)
-        self.commit = describe_commit(demo.TOOLS)
-        self.processes: set[subprocess.Popen] = set()
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        """Train all, as many at a time as there are processors.
-
-        Raises:
-            RuntimeError: If one fails. The others are stopped, and what they
-                have not finished is lost.
-        """
-        with self.progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [pool.submit(self.train, *job) for job in self.jobs]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.processes):
-                    process.kill()
-                raise
-
-    def train(self, training: Training, config: Config) -> None:
-        """Train one, unless this very code has completed it.
-
-        Args:
-            training (Training): What to train.
-            config (Config): Its config.
-
-        Raises:
-            RuntimeError: If it fails.
-        """
-        if self.is_finished(training, config):
-            self.progress.advance(self.task, config.train_cfg.max_iters)
-            return
-        shutil.rmtree(training.folder, ignore_errors=True)
-        process = training.start()
-        self.processes.add(process)
-        if self.stopped.is_set():
-            process.kill()
-        output = []
-        for line in process.stdout:
-            output.append(line)
-            if re.search(r'Iter\(train\) \[', line):
-                self.progress.advance(self.task)
-        if process.wait() != 0:
-            end = ''.join(output[-40:])
-            raise RuntimeError(f'training of {training.name} failed with '
-                               f'status {process.returncode}:\n{end}')
-        # Written last: a run without it was interrupted.
-        (training.folder / 'run.json').write_text(
-            json.dumps(dict(config=config.pretty_text, commit=self.commit)))
-        self.progress.console.print(f'{training.name}: finished')
-
-    def is_finished(self, training: Training, config: Config) -> bool:
-        """Tell whether a run need not be repeated.
-
-        Args:
-            training (Training): What to train.
-            config (Config): Its config.
-
-        Returns:
-            bool: Whether it was completed, at the same commit.
-        """
-        if not demo.is_finished(training.folder, config):
-            return False
-        record = json.loads((training.folder / 'run.json').read_text())
-        # Nobody knows what is in a changed tree.
-        known = self.commit and not self.commit.endswith('-dirty')
-        return bool(known) and record.get('commit') == self.commit
+    if training.is_finished(commit):
+        return
+    shutil.rmtree(training.folder, ignore_errors=True)
+    process = subprocess.run(
+        training.command(),
+        env=os.environ | dict(OMP_NUM_THREADS=str(training.threads)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors='replace')
+    if process.returncode:
+        end = '\n'.join(process.stdout.splitlines()[-40:])
+        raise RuntimeError(f'training in {training.folder.name} failed with '
+                           f'status {process.returncode}:\n{end}')
+    # Written last: a run without it was interrupted.
+    (training.folder / 'run.json').write_text(
+        json.dumps(dict(config=training.load_config().pretty_text,
+                        commit=commit)))
 
 
 def run(modes: Sequence[str] = tuple(MODES),
         seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
     """Train in each mode from each seed; this commit's runs are reused.
+
+    One more run of Eval, with another thread count, shows what rounding
+    alone does.
 
     Args:
         modes (Sequence[str]): Names from :data:`MODES`, ``'Eval'`` and
@@ -270,13 +143,19 @@ def run(modes: Sequence[str] = tuple(MODES),
         None where one is not finite.
 
     Raises:
-        ValueError: See :func:`list_trainings`.
+        ValueError: If a mode is unknown, or Eval or Tune is missing.
         RuntimeError: If a run fails.
     """
-    trainings = list_trainings(modes, seeds)
+    if not {'Eval', 'Tune'} <= {*modes} <= {*MODES}:
+        raise ValueError('`modes` must hold Eval, Tune and any of '
+                         f'{", ".join(MODES)}, but got {list(modes)!r}')
+    trainings = [Training(mode, seed) for seed in seeds for mode in modes]
+    trainings.append(Training(OTHER_THREADS, seeds[0]))
     fetch_trees()
     fetch_weights()
-    Trainer(trainings).run()
+    commit = describe_commit(demo.TOOLS)
+    in_processes(train, [(training, commit) for training in trainings],
+                 'Train')
     return dict(
         iterations=trainings[0].load_config().train_cfg.max_iters,
         runs=[
@@ -286,14 +165,7 @@ def run(modes: Sequence[str] = tuple(MODES),
 
 
 def read(training: Training) -> dict[str, Any]:
-    """Read what a finished run has logged.
-
-    Args:
-        training (Training): The run.
-
-    Returns:
-        dict[str, Any]: ``mAP``, ``AP50`` and ``losses``.
-    """
+    """Read ``mAP``, ``AP50`` and ``losses`` of a finished run."""
     scalars = demo.read_scalars(training.folder)
     return dict(
         mAP=scalars['mAP'],
@@ -304,67 +176,11 @@ def read(training: Training) -> dict[str, Any]:
         ])
 
 
-def answer(found: dict[str, Any]) -> str:
-    """Say in a sentence what came out."""
-    by_mode = group(found['runs'])
-    reached = ', '.join(
-        f'{mean_spread([run["mAP"] for run in by_mode[mode]])} in {mode}'
-        for mode in ('Eval', 'Tune', 'Deploy', 'Train') if mode in by_mode)
-    return f'mAP over {len(by_mode["Eval"])} seeds: {reached}.'
+Runs = Sequence[dict[str, Any]]
 
 
-def page(found: dict[str, Any]) -> str:
-    """Describe what came out."""
-    by_mode = group(found['runs'])
-    seeds = len(by_mode['Eval'])
-    missing = ''.join(f'"{mode}", which the command runs by now. '
-                      for mode in MODES if mode not in by_mode)
-    parts = [
-        paragraph(f"""
-        RetinaNet with MobileNetV2 on the
-        [images of trees](../../../configs/trees/README.md),
-        {found['iterations']} iterations of batches of two, {seeds}
-        seed{'s' * (seeds > 1)} a mode. The modes differ in the backbone alone,
-        whose BatchNorms are all there are; the neck and the head have
-        GroupNorm. A seed stands for the same initial head and the same
-        batches in every mode. "From scratch" leaves the ImageNet weights out
-        and changes nothing else, not even that the backbone learns at a tenth
-        of the learning rate. What becomes of Eval from scratch, where the
-        BatchNorms never normalize, is on the page [scratch](scratch.md), too.
-        """),
-        accuracy_table(by_mode),
-        paragraph(f"""
-        Mean and sample standard deviation over the seeds. The loss is the
-        mean of the last tenth of the iterations. Differences are means over
-        the seeds; in brackets their {CONFIDENCE:.0%} confidence interval
-        (paired t-test), which is wide with few seeds.
-        """), *map(paragraph, verdicts(by_mode)), '## Loss curves',
-        difference_table(found['runs']),
-        paragraph("""
-        The largest absolute difference of the losses. Tune and Eval compute
-        the same in another order, as do one thread and two; another seed is
-        another head and other batches.
-        """),
-        paragraph(rounding_verdict(found['runs'])), '## Not run here',
-        paragraph(f"""
-        {missing}COCO, on which the paper's Table 4 rests: its rows are in
-        [table4.md](table4.md). Other learning rates for other modes: all
-        modes have the settings that were chosen for Eval and Tune
-        ([mechanism.md](mechanism.md) sweeps the learning rate). The
-        validation tile is small, and not quite unseen, as the README of the
-        configs says: take the absolute accuracy as optimistic.
-        """)
-    ]
-    return '\n\n'.join(parts)
-
-
-def group(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Sort runs by their modes.
-
-    Returns:
-        dict[str, list[dict[str, Any]]]: Without the run that has another
-        thread count.
-    """
+def group(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """Sort runs by modes, without the one that has another thread count."""
     modes = dict.fromkeys(run['mode'] for run in runs)
     return {
         mode: [run for run in runs if run['mode'] == mode]
@@ -373,98 +189,26 @@ def group(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def final_loss(losses: Sequence[float | None]) -> float | None:
-    """Average the last tenth of a loss curve.
-
-    Args:
-        losses (Sequence[float | None]): One an iteration.
-
-    Returns:
-        float | None: The mean; None where one of them is not finite.
-    """
-    last = [
-        loss for loss in losses[-math.ceil(len(losses) / 10):]
-        if loss is not None
-    ]
-    whole = len(last) == math.ceil(len(losses) / 10)
-    return statistics.mean(last) if whole else None
+    """Average the last tenth of a loss curve; None where one is not finite."""
+    last = losses[-math.ceil(len(losses) / 10):]
+    return None if None in last else statistics.mean(last)
 
 
-def accuracy_table(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Lay out what each mode reaches."""
-    rows = []
-    for mode, runs in by_mode.items():
-        losses = [final_loss(run['losses']) for run in runs]
-        finite = [loss for loss in losses if loss is not None]
-        loss = mean_spread(finite) if len(finite) == len(
-            losses) else f'not finite in {len(losses) - len(finite)} runs'
-        against = difference_text(*compare(by_mode, mode, 'Eval'))
-        rows.append([
-            mode,
-            mean_spread([run['mAP'] for run in runs]),
-            mean_spread([run['AP50'] for run in runs]), loss,
-            '' if mode == 'Eval' else against
-        ])
-    return table(['mode', 'mAP', 'AP50', 'loss', 'mAP against Eval'], rows)
+def loss_text(runs: Runs) -> str:
+    """Write the final losses of a mode."""
+    losses = [final_loss(run['losses']) for run in runs]
+    if None in losses:
+        return f'not finite in {losses.count(None)} runs'
+    return mean_spread(losses)
 
 
-def compare(by_mode: Mapping[str, Sequence[dict[str, Any]]], mode: str,
-            other: str) -> tuple[float, tuple[float, float] | None]:
-    """Compare the mAP of two modes, seed by seed.
-
-    Args:
-        by_mode (Mapping[str, Sequence[dict[str, Any]]]): From
-            :func:`group`.
-        mode (str): One of them.
-        other (str): What it is compared with.
-
-    Returns:
-        tuple[float, tuple[float, float] | None]: See
-        :func:`reproductions.pages.paired_difference`.
-    """
-    return paired_difference(*([run['mAP'] for run in by_mode[name]]
-                               for name in (mode, other)))
+def compare(by_mode: Mapping[str, Runs], mode: str, other: str) -> Difference:
+    """Compare the mAP of two modes, seed by seed."""
+    return Difference.of(*([run['mAP'] for run in by_mode[name]]
+                           for name in (mode, other)))
 
 
-def verdicts(by_mode: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    """Say what the accuracies mean for the paper's claims.
-
-    Args:
-        by_mode (Mapping[str, Sequence[dict[str, Any]]]): From
-            :func:`group`.
-
-    Returns:
-        list[str]: A paragraph for each pair of modes that was run.
-    """
-    texts = []
-    for mode, (other, claim) in CLAIMS.items():
-        if not {mode, other} <= by_mode.keys():
-            continue
-        mean, interval = compare(by_mode, mode, other)
-        text = (f'**{mode}** against {other}: '
-                f'{difference_text(mean, interval)} mAP, '
-                f'{difference_verdict(interval)}. {claim}')
-        reached = [statistics.mean(run['mAP'] for run in by_mode[name])
-                   for name in (mode, other)]
-        if max(reached) < LEARNS_NOTHING:
-            text += (
-                f' Neither learns to detect in these iterations (mAP '
-                f'{reached[0]:.3f} and {reached[1]:.3f}), so that this does '
-                'not test it; [scratch.md](scratch.md) does, on digits.')
-        texts.append(text)
-    return texts
-
-
-def losses_of(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list]:
-    """Look up loss curves.
-
-    Returns:
-        dict[tuple[str, int], list]: By mode and seed.
-    """
-    return {(run['mode'], run['seed']): run['losses'] for run in runs}
-
-
-def loss_differences(
-        runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def loss_differences(runs: Runs) -> dict[str, dict[str, float]]:
     """Compare loss curves that rounding tells apart, and those of seeds.
 
     Returns:
@@ -472,7 +216,7 @@ def loss_differences(
         :func:`demo.loss_differences` finds; not for runs in which a loss is
         not finite.
     """
-    losses = losses_of(runs)
+    losses = {(run['mode'], run['seed']): run['losses'] for run in runs}
     seeds = [seed for mode, seed in losses if mode == 'Eval']
     pairs = {
         f'Tune, Eval: seed {seed}': (('Tune', seed), ('Eval', seed))
@@ -489,67 +233,112 @@ def loss_differences(
     }
 
 
-def difference_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Lay out how far loss curves lie apart."""
-    return table(
-        ['runs', 'first iteration', 'first ten', 'all'],
-        [[name, *(f'{row[key]:.1e}' for key in ('first', 'first_10', 'all'))]
-         for name, row in loss_differences(runs).items()])
+def rounding_ratio(runs: Runs) -> float:
+    """Compare how far Tune and thread counts bring runs apart.
 
-
-def rounding_verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """Say whether Tune leaves Eval as rounding lets Eval leave itself."""
+    Returns:
+        float: Tune's distance from Eval, the median over seeds, by that of
+        Eval from itself; not a number where losses are not finite.
+    """
     found = loss_differences(runs)
     tune = [row['all'] for name, row in found.items() if 'Tune' in name]
     threads = [row['all'] for name, row in found.items() if 'thread' in name]
     if not tune or not threads:
-        return 'Losses that are not finite cannot be compared.'
-    ratio = statistics.median(tune) / threads[0] if threads[0] else math.inf
-    if ratio < 1 / 3:
-        size = 'less far apart than'
-    elif ratio <= 3:
-        size = 'about as far apart as'
-    else:
-        size = 'farther apart than'
-    maps = {(run['mode'], run['seed']): run['mAP'] for run in runs}
-    seed = next(seed for mode, seed in maps if mode == OTHER_THREADS)
-    alone = maps[OTHER_THREADS, seed] - maps['Eval', seed]
+        return math.nan
+    return statistics.median(tune) / threads[0] if threads[0] else math.inf
+
+
+def figures(found: dict[str, Any]) -> dict[str, object]:
+    """Write what the page shows."""
+    runs = found['runs']
     by_mode = group(runs)
-    spreads = {
-        mode: max(values) - min(values)
-        for mode, values in ((mode, [run['mAP'] for run in by_mode[mode]])
-                             for mode in by_mode)
+    maps = {mode: [run['mAP'] for run in part]
+            for mode, part in by_mode.items()}
+    threads = next(run for run in runs if run['mode'] == OTHER_THREADS)
+    pairs = {pair: compare(by_mode, *pair) for pair in PAIRS
+             if {*pair} <= by_mode.keys()}
+    return {
+        'seeds': len(by_mode['Eval']),
+        'iterations': found['iterations'],
+        'reached': ', '.join(
+            f'{mean_spread(maps[mode])} in {mode}'
+            for mode in ('Eval', 'Tune', 'Deploy', 'Train') if mode in maps),
+        'modes': table(by_mode, {
+            'mode': str,
+            'mAP': lambda mode: mean_spread(maps[mode]),
+            'AP50': lambda mode: mean_spread(
+                [run['AP50'] for run in by_mode[mode]]),
+            'loss': lambda mode: loss_text(by_mode[mode]),
+            'mAP against Eval': lambda mode: '' if mode == 'Eval' else
+            compare(by_mode, mode, 'Eval')
+        }),
+        'pairs': table(pairs, {
+            'mode': lambda pair: pair[0],
+            'against': lambda pair: pair[1],
+            'difference of mAP': pairs.get,
+            'more than chance explains': lambda pair:
+            'yes' if pairs[pair].is_certain else 'not known'
+        }),
+        'losses': table(loss_differences(runs).items(), {
+            'runs': lambda it: it[0],
+            'first iteration': lambda it: f'{it[1]["first"]:.1e}',
+            'first ten': lambda it: f'{it[1]["first_10"]:.1e}',
+            'all': lambda it: f'{it[1]["all"]:.1e}'
+        }),
+        'rounding': f'{rounding_ratio(runs):.2g}',
+        'threads': '{:+.3f}'.format(threads['mAP'] - next(
+            run['mAP'] for run in by_mode['Eval']
+            if run['seed'] == threads['seed'])),
+        'spreads': ', '.join(f'{max(values) - min(values):.3f} in {mode}'
+                             for mode, values in maps.items())
     }
-    by_spread = ', '.join(f'{spread:.3f} in {mode}'
-                          for mode, spread in spreads.items())
-    return (f'Over the run, Tune and Eval come {size} Eval and itself with '
-            f'another thread count ({ratio:.2g} times, by the median of the '
-            'seeds). The thread count alone changes mAP by '
-            f'{alone:+.3f}, the seed by up to {by_spread}: no single run can '
-            'rank two modes closer than that.')
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Plot losses, their differences, and accuracies."""
-    figure = Figure(figsize=(8, 5.5), layout='constrained')
+def claims(found: dict[str, Any]) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    runs = found['runs']
+    by_mode = group(runs)
+    if by_mode.keys() != MODES.keys():
+        return {'all modes were run': False}
+
+    def is_less(mode: str, other: str) -> bool:
+        difference = compare(by_mode, mode, other)
+        return difference.is_certain and difference.mean < 0
+
+    return {
+        'all losses are finite':
+        not any(None in run['losses'] for run in runs),
+        'these runs cannot tell Tune, nor Deploy, from Eval':
+        not any(compare(by_mode, mode, 'Eval').is_certain
+                for mode in ('Tune', 'Deploy')),
+        'Train reaches less than Eval': is_less('Train', 'Eval'),
+        'Train from scratch reaches less than Train':
+        is_less('Train, from scratch', 'Train'),
+        'neither mode learns to detect from scratch':
+        all(statistics.mean(run['mAP'] for run in by_mode[mode])
+            < LEARNS_NOTHING for mode in by_mode if 'scratch' in mode),
+        'Tune leaves Eval about as thread counts bring it apart from itself':
+        1 / 3 <= rounding_ratio(runs) <= 3
+    }
+
+
+@drawing(5.5)
+def plot(found: dict[str, Any], figure: Figure) -> None:
+    """Draw losses, their differences, and accuracies."""
     axes = figure.subplot_mosaic('lm;dm')
-    losses = losses_of(found['runs'])
     seed = found['runs'][0]['seed']
-    nan_losses = {
-        key: [math.nan if loss is None else loss for loss in curve]
-        for key, curve in losses.items()
+    losses = {
+        run['mode']: [math.nan if loss is None else loss
+                      for loss in run['losses']]
+        for run in found['runs'] if run['seed'] == seed
     }
     steps = range(1, found['iterations'] + 1)
     for mode, style in (('Eval', '-'), ('Tune', '--')):
-        axes['l'].plot(
-            steps, nan_losses[mode, seed], style, linewidth=1, label=mode)
+        axes['l'].plot(steps, losses[mode], style, linewidth=1, label=mode)
     axes['l'].set(ylabel='loss', title=f'Training loss, seed {seed}')
     axes['l'].legend()
     for mode in ('Tune', OTHER_THREADS):
-        apart = [
-            abs(a - b)
-            for a, b in zip(nan_losses[mode, seed], nan_losses['Eval', seed])
-        ]
+        apart = [abs(a - b) for a, b in zip(losses[mode], losses['Eval'])]
         axes['d'].semilogy(steps, apart, linewidth=1, label=mode)
     axes['d'].set(xlabel='iteration', title='Difference to Eval')
     axes['d'].legend()
@@ -561,4 +350,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes['m'].set_yticks(range(len(by_mode)), by_mode)
     axes['m'].invert_yaxis()
     axes['m'].set(xlabel='mAP', xlim=(0, None), title='A dot a seed, | mean')
-    figure.savefig(path, dpi=120)
+
+
+PAGE = Page(run, figures, claims, plot)

@@ -2,11 +2,11 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,16 +20,7 @@ from mmtune.analysis.workloads import (
     image_workload,
 )
 from reproductions.material import in_processes, put_in_paper_mode
-from reproductions.pages import mib, paragraph, table
-
-TITLE = 'Memory across architectures'
-OF_PAPER = '40% less memory'
-QUESTION = paragraph("""
-    The paper reports about 40% less memory: 38% for a classifier, up to 36%
-    for a detector. Of which architectures is that true, and at which size of
-    images? Feature maps are what Tune saves, weights are there anyway, so
-    that the ratio of the two should tell.
-    """)
+from reproductions.page import Page, drawing, mib, shape_text, span, table
 
 MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
 CLAIM = 0.4
@@ -134,10 +125,6 @@ def measure(name: str, setting: str, size: Sequence[int],
 def build(name: str, setting: str) -> tuple[Any, nn.Module]:
     """Build an architecture with weights and statistics that are random.
 
-    Args:
-        name (str): In ``DETECTORS`` for whole ones, else in ``BACKBONES``.
-        setting (str): One of the three above.
-
     Returns:
         tuple[Config, nn.Module]: Of backbones nothing is frozen.
     """
@@ -161,12 +148,7 @@ def build(name: str, setting: str) -> tuple[Any, nn.Module]:
 
 
 def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
-    """Take a step in a mode.
-
-    Args:
-        stock (nn.Module): Is left as it is.
-        mode (str): One of ``MODES``.
-        workload (Workload): What to compute.
+    """Take a step in a mode, with a copy of a stock model.
 
     Returns:
         dict: Bytes ``kept`` for backward, ``peak`` and ``resident``, and, of
@@ -187,12 +169,8 @@ def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
     return taken
 
 
-# --------------------------------------------------------------------------
-# What is said of it
-# --------------------------------------------------------------------------
-
-
 def total(step: dict) -> int:
+    """All bytes of a step."""
     return step['peak'] + step['resident']
 
 
@@ -223,94 +201,15 @@ def foretold(share: float, ratio: float) -> float:
     return share * ratio / (ratio + 3)
 
 
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    rows = [row for row in found['rows']
+def foretell(row: dict) -> float:
+    """Give what :func:`foretold` says of a row."""
+    return foretold(kept_saved(row), maps_to_weights(row))
+
+
+def tuned(found: dict) -> list[dict]:
+    """Give the rows that have a Tune mode."""
+    return [row for row in found['rows']
             if 'error' not in row['modes']['Tune']]
-    if not rows:
-        return 'None of these architectures can be put into Tune mode.'
-    return counts_text(rows)
-
-
-def page(found: dict) -> str:
-    """Write what came out."""
-    rows = found['rows']
-    folds = [row for row in rows if 'error' not in row['modes']['Tune']]
-    sizes = {setting: f'{batch} x 3 x {height} x {width}'
-             for setting, (batch, height, width) in found['sizes'].items()}
-    parts = [
-        paragraph(f"""
-        One training step in FP32 on random images. Backbones of MMDetection
-        alone, nothing frozen, SGD with momentum: at {sizes[DETECTION]} as in
-        detection, and at {sizes[CLASSIFICATION]} as in classification;
-        counted on tensors that have a size and no content. Whole
-        detectors at {sizes[WHOLE]}, with their own losses, optimizer and
-        frozen stages; there necks and heads are in the mode too. Eval holds
-        all BatchNorms in eval mode, also where the architecture is usually
-        trained otherwise.
-        """),
-        paragraph("""
-        Maps / weights: bytes that Eval keeps for backward, parameters and
-        buffers not counted, over the bytes of all parameters. Saved of kept:
-        by how much that shrinks. Saved of all: the same of the whole step,
-        its peak (feature maps, gradients) with parameters, buffers, the
-        optimizer's state and the images. Words in the place of a figure say
-        why there is none: the exception that the mode raises, or that there
-        is no BatchNorm to fold. MMEngine's rewrite traces the whole of what
-        it is given, and here that is what a row names; of a detector it may
-        take the backbone alone, as on the page [Table 4](table4.md).
-        """),
-        paragraph("""
-        Tune is the paper's here, with stock activations. What those save
-        besides when they keep one map, which is on unless one asks for stock
-        ones, is on the page [One map a block](../activations.md).
-        """)
-    ]
-    for setting, size in sizes.items():
-        part = [row for row in rows if row['setting'] == setting]
-        if not part:
-            continue
-        part.sort(key=maps_to_weights, reverse=True)
-        parts += [
-            f'## {setting.capitalize()} ({size})',
-            table([
-                'architecture', 'maps / weights', 'Eval, kept (MiB)',
-                'Eval, all (MiB)', 'Tune: saved of kept',
-                'Tune: saved of all', f'{CLAIM:.0%} of all',
-                "MMEngine's: saved of all", 'Deploy: saved of all'
-            ], map(row_cells, part))
-        ]
-    if folds:
-        parts += [f'## Where the {CLAIM:.0%} holds', *verdict(folds)]
-    parts += [paragraph(text) for text in (left_out(folds), stock(rows))
-              if text]
-    parts += [
-        '## Not run here',
-        paragraph("""
-        FP16, and other batches and sizes: more pixels move a row to the right
-        in the figure, along the curve of its own share. On a GPU kernels need
-        memory to work in besides.
-        """)
-    ]
-    return '\n\n'.join(parts)
-
-
-def row_cells(row: dict) -> list[object]:
-    modes = row['modes']
-    return [
-        row['name'], f'{maps_to_weights(row):.1f}',
-        mib(modes['Eval']['kept']), mib(total(modes['Eval'])),
-        share_text(row, 'Tune', kept_saved),
-        share_text(row, 'Tune', total_saved),
-        'yes' if reaches(row) else 'no',
-        share_text(row, 'MMEngine', total_saved),
-        share_text(row, 'Deploy', total_saved)
-    ]
-
-
-def share_text(row: dict, mode: str, share: Any) -> str:
-    error = row['modes'][mode].get('error')
-    return error or f'{share(row, mode):.1%}'
 
 
 def reaches(row: dict) -> bool:
@@ -319,99 +218,32 @@ def reaches(row: dict) -> bool:
             and total_saved(row) >= CLAIM)
 
 
-def verdict(rows: Sequence[dict]) -> list[str]:
-    """Say where the claim holds.
-
-    Args:
-        rows (Sequence[dict]): Those that have a Tune mode.
-
-    Returns:
-        list[str]: Paragraphs.
-    """
-    text = counts_text(rows) + ' '
-    yes = [row for row in rows if reaches(row)]
-    no = [row for row in rows if not reaches(row)]
-    if yes:
-        text += f"""The least maps / weights with which one does is
-            {min(map(maps_to_weights, yes)):.1f}. """
-    if yes and no:
-        text += f"""The most with which one does not is
-            {max(map(maps_to_weights, no)):.1f}. """
-    parts = [paragraph(text)]
-    errors = [abs(total_saved(row) - foretell(row)) for row in rows]
-    parts.append(paragraph(f"""
-        Two figures tell. With r for maps / weights and s for what is saved of
-        kept, s * r / (r + 3) is what is saved of all where a step takes the
-        maps, the weights, gradients and momentum: it is off by
-        {100 * max(errors):.1f} percentage points at most, by
-        {100 * sum(errors) / len(errors):.1f} on average. So s is the limit
-        for large images and batches, and for {CLAIM:.0%} r has to be at least
-        3 * {CLAIM:g} / (s - {CLAIM:g}), or
-        {3 * CLAIM / (0.5 - CLAIM):.0f} where s is a half.
-        """))
-    never = [row for row in rows if kept_saved(row) <= CLAIM]
-    if never:
-        parts.append(paragraph(f"""
-        s is {CLAIM:.0%} or less, and so no r enough, for
-        {names(never)}. {half_text(rows)}
-        """))
-    rest = [row for row in no if row not in never]
-    small = [row for row in rest if foretell(row) < CLAIM]
-    if small:
-        parts += [
-            'Too few or too small images, by this formula:',
-            table(['architecture', 'setting', 'r here', 'r needed'], [[
-                row['name'], row['setting'], f'{maps_to_weights(row):.1f}',
-                f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}'
-            ] for row in small])
-        ]
-    for row in rest:
-        if row not in small:
-            parts.append(paragraph(f"""
-                {row['name']} ({row['setting']}) has an r that would do: the
-                formula foretells {foretell(row):.1%}, but
-                {total_saved(row):.1%} was counted. At its peak there is more
-                than what is kept.
-                """))
-    return parts
+def never_reaches(row: dict) -> bool:
+    """Tell whether no size of images would do."""
+    return kept_saved(row) <= CLAIM
 
 
-def foretell(row: dict) -> float:
-    """Give what :func:`foretold` says of a row."""
-    return foretold(kept_saved(row), maps_to_weights(row))
+def share_cell(mode: str, share: Callable[[dict, str], float]
+               ) -> Callable[[dict], str]:
+    """Write what a mode saves, or why there is no figure."""
+    return lambda row: (row['modes'][mode].get('error')
+                        or f'{share(row, mode):.1%}')
 
 
-def left_out(rows: Sequence[dict]) -> str:
-    """Explain where Deploy saves less than Tune."""
-    less = {}
-    for row in rows:
-        deploy = row['modes']['Deploy']
-        if 'error' not in deploy and (
-                total_saved(row) - total_saved(row, 'Deploy') > .005):
-            less[row['name']] = (deploy['left_out'],
-                                 row['modes']['Tune']['left_out'])
-    if not less:
-        return ''
-    counts = ', '.join(f'{name} {deploy} against {tune}'
-                       for name, (deploy, tune) in less.items())
-    text = f"""Deploy saves less than Tune in {', '.join(less)}. Blocks left
-        out in Deploy and in Tune: {counts}."""
-    if all(deploy > tune for deploy, tune in less.values()):
-        text += """ Deploy can fold a convolution for good only where it has
-            one BatchNorm and a weight of its own; Tune folds at each call."""
-    return text
-
-
-def stock(rows: Sequence[dict]) -> str:
-    """Name what cannot be put into Tune mode."""
-    errors = {
-        row['name']: row['modes']['Tune']['error']
-        for row in rows if 'error' in row['modes']['Tune']
-    }
-    if not errors:
-        return ''
-    reasons = ', '.join(f'{name} ({error})' for name, error in errors.items())
-    return f'Not put into Tune mode, and so saving nothing: {reasons}.'
+def setting_table(found: dict, setting: str) -> str:
+    """Lay out the architectures of a setting."""
+    rows = [row for row in found['rows'] if row['setting'] == setting]
+    return table(sorted(rows, key=maps_to_weights, reverse=True), {
+        'architecture': lambda row: row['name'],
+        'maps / weights': lambda row: f'{maps_to_weights(row):.1f}',
+        'Eval, kept (MiB)': lambda row: mib(row['modes']['Eval']['kept']),
+        'Eval, all (MiB)': lambda row: mib(total(row['modes']['Eval'])),
+        'Tune: saved of kept': share_cell('Tune', kept_saved),
+        'Tune: saved of all': share_cell('Tune', total_saved),
+        f'{CLAIM:.0%} of all': lambda row: 'yes' if reaches(row) else 'no',
+        "MMEngine's: saved of all": share_cell('MMEngine', total_saved),
+        'Deploy: saved of all': share_cell('Deploy', total_saved)
+    })
 
 
 def counts_text(rows: Sequence[dict]) -> str:
@@ -421,57 +253,103 @@ def counts_text(rows: Sequence[dict]) -> str:
         part = [row for row in rows if row['setting'] == setting]
         counts.append(f'{sum(map(reaches, part))} of {len(part)} '
                       f'({setting})')
-    low, high = min(map(total_saved, rows)), max(map(total_saved, rows))
-    return (f'Tune saves {CLAIM:.0%} of all or more in {", ".join(counts)}; '
-            f'from {low:.1%} to {high:.1%}.')
-
-
-def half_text(rows: Iterable[dict]) -> str:
-    best = max(rows, key=kept_saved)
-    return f"""At most s is {kept_saved(best):.1%} ({best['name']}): a block
-        keeps one map instead of two, or one instead of three where two blocks
-        read the same map. Whatever else keeps a map does so in
-        either mode: an activation that does not work in place, a product or
-        a blend of maps, a head or a neck without BatchNorm."""
+    return ', '.join(counts)
 
 
 def names(rows: Iterable[dict]) -> str:
+    """Name architectures, and what they save of what is kept."""
     found: dict[str, list[str]] = {}
     for row in rows:
         found.setdefault(row['name'], []).append(f'{kept_saved(row):.1%}')
     return ', '.join(f'{name} ({", ".join(dict.fromkeys(shares))})'
-                     for name, shares in found.items())
+                     for name, shares in found.items()) or 'none'
 
 
-def plot(found: dict, path: Path) -> None:
-    """Plot what is saved against maps / weights."""
-    figure = Figure(figsize=(8, 6), layout='constrained')
+def less_in_deploy(rows: Iterable[dict]) -> dict[str, tuple[int, int]]:
+    """Find where Deploy saves less than Tune.
+
+    Returns:
+        dict[str, tuple[int, int]]: By name how many blocks are left out in
+        Deploy, and in Tune.
+    """
+    return {
+        row['name']: (row['modes']['Deploy']['left_out'],
+                      row['modes']['Tune']['left_out'])
+        for row in rows if 'error' not in row['modes']['Deploy']
+        and total_saved(row) - total_saved(row, 'Deploy') > .005
+    }
+
+
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
+    rows = tuned(found)
+    no = [row for row in rows if not reaches(row)]
+    errors = [100 * abs(total_saved(row) - foretell(row)) for row in rows]
+    best = max(rows, key=kept_saved)
+    stock = {row['name']: row['modes']['Tune']['error']
+             for row in found['rows'] if row not in rows}
+    sizes = {f'size-{setting.split()[-1]}': shape_text(*size)
+             for setting, size in found['sizes'].items()}
+    return sizes | {
+        setting.split()[-1]: setting_table(found, setting)
+        for setting in found['sizes']
+    } | {
+        'counts': counts_text(rows),
+        'saved': span(map(total_saved, rows), '.1%'),
+        'least': span([min((maps_to_weights(row) for row in rows
+                            if reaches(row)), default=None)], '.1f'),
+        'most': span([max(map(maps_to_weights, no), default=None)], '.1f'),
+        'off': f'{max(errors):.1f}',
+        'off-mean': f'{sum(errors) / len(errors):.1f}',
+        'never': names(filter(never_reaches, rows)),
+        'best': f'{kept_saved(best):.1%} ({best["name"]})',
+        'needs': table([row for row in no if not never_reaches(row)], {
+            'architecture': lambda row: row['name'],
+            'setting': lambda row: row['setting'],
+            'r here': lambda row: f'{maps_to_weights(row):.1f}',
+            'r needed': lambda row:
+            f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}',
+            'foretold': lambda row: f'{foretell(row):.1%}',
+            'counted': lambda row: f'{total_saved(row):.1%}'
+        }),
+        'less': ', '.join(
+            f'{name} {deploy} against {tune}' for name, (deploy, tune)
+            in less_in_deploy(rows).items()) or 'none',
+        'stock': ', '.join(f'{name} ({error})'
+                           for name, error in stock.items()) or 'none'
+    }
+
+
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    rows = tuned(found)
+    return {
+        'whole detectors do not reach it':
+        not any(reaches(row) for row in rows if row['setting'] == WHOLE),
+        'two figures foretell what is saved':
+        all(abs(total_saved(row) - foretell(row)) < .1 for row in rows),
+        'Deploy saves less than Tune where it leaves out more blocks':
+        all(deploy > tune for deploy, tune in less_in_deploy(rows).values())
+    }
+
+
+@drawing(6)
+def plot(found: dict, figure: Figure) -> None:
+    """Draw what is saved against maps / weights."""
     axes = figure.subplots()
-    rows = [row for row in found['rows']
-            if 'error' not in row['modes']['Tune']]
+    rows = tuned(found)
     points: dict[str, list[tuple[float, float]]] = {}
     for (setting, size), marker in zip(found['sizes'].items(), 'osD'):
         part = {
             row['name']: (maps_to_weights(row), 100 * total_saved(row))
             for row in rows if row['setting'] == setting
         }
-        batch, height, width = size
         axes.plot([x for x, _ in part.values()],
-                  [y for _, y in part.values()],
-                  marker,
-                  markersize=5,
-                  label=f'{setting}, {batch} x 3 x {height} x {width}')
+                  [y for _, y in part.values()], marker, markersize=5,
+                  label=f'{setting}, {shape_text(*size)}')
         for name, point in part.items():
             points.setdefault(name, []).append(point)
-    for name, ends in points.items():
-        # One name for a backbone, beside the larger of its sizes.
-        axes.plot(*zip(*ends), color='gray', linewidth=0.5)
-        above = is_crowded(max(ends), sum(points.values(), []))
-        axes.annotate(
-            name, max(ends), (0, 5) if above else (5, 0),
-            textcoords='offset points', fontsize=6,
-            ha='center' if above else 'left',
-            va='bottom' if above else 'center')
+    draw_names(axes, points)
     ratios = [maps_to_weights(row) for row in rows]
     curve = torch.logspace(*torch.tensor(
         [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
@@ -484,20 +362,27 @@ def plot(found: dict, path: Path) -> None:
              xlabel='maps kept in Eval / weights (bytes)',
              ylabel='saved by Tune of all memory of a step (%)')
     figure.legend(loc='outside lower center', ncols=2)
-    figure.savefig(path, dpi=120)
+
+
+def draw_names(axes: Axes,
+               points: dict[str, list[tuple[float, float]]]) -> None:
+    """Write each name once, beside the larger of its points."""
+    for name, ends in points.items():
+        axes.plot(*zip(*ends), color='gray', linewidth=0.5)
+        above = is_crowded(max(ends), sum(points.values(), []))
+        axes.annotate(
+            name, max(ends), (0, 5) if above else (5, 0),
+            textcoords='offset points', fontsize=6,
+            ha='center' if above else 'left',
+            va='bottom' if above else 'center')
 
 
 def is_crowded(point: tuple[float, float],
                points: Iterable[tuple[float, float]]) -> bool:
-    """Tell whether there is no room for a name on the right of a point.
-
-    Args:
-        point (tuple[float, float]): Maps / weights, and the share in percent.
-        points (Iterable[tuple[float, float]]): All that are plotted.
-
-    Returns:
-        bool: Whether one of them is about where the name would be.
-    """
+    """Tell whether another point is about where a point's name would be."""
     x, y = point
     return any(1 < other_x / x < 1.8 and abs(other_y - y) < 0.45
                for other_x, other_y in points)
+
+
+PAGE = Page(run, figures, claims, plot)

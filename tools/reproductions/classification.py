@@ -1,6 +1,6 @@
 """Fine-tune a classifier in Train, Eval and Tune mode, as in Table 3."""
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import finetune_digits
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune.analysis import peak_bytes
-from mmtune.analysis.timing import quartiles
 from mmtune.behaviours import convolution
 from reproductions.material import (
     fetch_weights,
@@ -19,24 +18,18 @@ from reproductions.material import (
     measure_in_turns,
     put_in_paper_mode,
 )
-from reproductions.pages import (
-    CONFIDENCE,
-    difference_text,
-    difference_verdict,
+from reproductions.page import (
+    MIB,
+    Difference,
+    Page,
+    drawing,
     mean_spread,
     mib,
-    paired_difference,
-    paragraph,
+    quartiles_text,
+    shape_text,
     table,
     track,
 )
-
-TITLE = 'Classification'
-OF_PAPER = 'Table 3'
-QUESTION = paragraph("""
-    Does Tune mode help classifiers too? The paper fine-tunes a ResNet-50 on
-    three datasets (its Table 3) and compares Tune with Train mode, which is
-    usual there: as accurate, 38% less memory, 10 to 14% less time.""")
 
 MODES = ('Train', 'Eval', 'Tune')
 # The paper's Table 3: accuracy in percent, memory in MiB, seconds of an
@@ -46,18 +39,10 @@ TABLE_3 = {
     'Aircraft': ((85.40, 85.90), (19965, 12321), (.564, .505)),
     'Cars': ((89.87, 90.13), (19967, 12321), (.571, .491)),
 }
-# Top-1 accuracy in percent of resnet50_8xb8_cub, by mmpretrain's
-# configs/resnet/README.md.
-MMPRETRAIN_CUB = 88.45
-MIB = 2**20
 
 
 class ResNet50Classifier(nn.Module):
-    """What the paper's Table 3 trains.
-
-    Args:
-        classes (int): How many there are.
-    """
+    """What the paper's Table 3 trains."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -72,74 +57,47 @@ class ResNet50Classifier(nn.Module):
 
 def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
               settings: dict) -> dict:
-    """Run tools/finetune_digits.py.
-
-    Args:
-        mode (str): One of :data:`MODES`.
-        lr (float): Learning rate.
-        seed (int): Of the head's weights and the order of images.
-        work_dir (str): For its logs and checkpoints.
-        settings (dict): More arguments of ``build_runner``.
+    """Run tools/finetune_digits.py, with settings for its Runner.
 
     Returns:
-        dict: The arguments and the final ``accuracy``, a share.
+        dict: The first three arguments and the ``accuracy``, a share.
     """
     runner = finetune_digits.build_runner(
-        mode.lower(),
-        seed,
-        lr=lr,
-        work_dir=f'{work_dir}/{lr:g}-{seed}',
-        log_level='WARNING',
-        activations=False,
-        **settings)
+        mode.lower(), seed, lr=lr, work_dir=f'{work_dir}/{lr:g}-{seed}',
+        log_level='WARNING', activations=False, **settings)
     runner.train()
     accuracy = runner.message_hub.get_scalar('val/accuracy').current()
     return dict(mode=mode, lr=lr, seed=seed, accuracy=float(accuracy))
 
 
-class DigitsStep:
-    """A training step of the script's classifier, to call.
+def digits_step(mode: str, batch_size: int, size: int,
+                weights: str | None) -> Callable[[], None]:
+    """Make a training step of the script's classifier, to call."""
+    torch.manual_seed(0)
+    model = finetune_digits.Classifier(weights)
+    model.init_weights()
+    put_in_paper_mode(model, mode, ['backbone'])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    batch = finetune_digits.load_data(size)[0][:batch_size]
 
-    Args:
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        weights (str, optional): The backbone's.
-    """
+    def step() -> None:
+        model(*batch, mode='loss')['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def __init__(self, mode: str, batch_size: int, size: int,
-                 weights: str | None) -> None:
-        torch.manual_seed(0)
-        self.model = finetune_digits.Classifier(weights)
-        self.model.init_weights()
-        put_in_paper_mode(self.model, mode, ['backbone'])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.batch = finetune_digits.load_data(size)[0][:batch_size]
-
-    def __call__(self) -> None:
-        """Take the step."""
-        self.model(*self.batch, mode='loss')['loss'].backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    return step
 
 
 def measure_steps(modes: Sequence[str], batch_size: int, size: int,
                   rounds: int, weights: str | None) -> dict:
     """Count the memory of a step and time it.
 
-    Args:
-        modes (Sequence[str]): What to compare.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        rounds (int): How many steps to time in each mode.
-        weights (str, optional): The backbone's.
-
     Returns:
         dict: The batch; of each mode the ``peak`` in bytes and the
         ``seconds`` of each round.
     """
     steps = {
-        mode: DigitsStep(mode, batch_size, size, weights) for mode in modes
+        mode: digits_step(mode, batch_size, size, weights) for mode in modes
     }
     return dict(
         batch_size=batch_size,
@@ -153,12 +111,6 @@ def count_training(mode: str, batch_size: int, size: int,
 
     On the device 'meta' tensors have a size but no content, so that batches
     can be counted that no memory here would hold.
-
-    Args:
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        batch_size (int): How many images.
-        size (int): Their height and width in pixels.
-        device (str): Where to run. Defaults to 'meta'.
 
     Returns:
         int: The most bytes alive at once in the second step of SGD with
@@ -207,7 +159,7 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         work_dir (str): For logs and checkpoints.
 
     Returns:
-        dict: What was found, for :func:`page` and :func:`plot`.
+        dict: What was found, for the page.
     """
     if weights == 'fetch':
         weights = fetch_weights()
@@ -221,293 +173,207 @@ def run(seeds: Sequence[int] = (0, 1, 2),
     train_set, test_set = finetune_digits.load_data(size)
     modes = ('Train', 'Eval', 'MMEngine', 'Tune')
     return dict(
-        seeds=list(seeds),
-        lrs=list(lrs),
-        epochs=epochs,
-        size=size,
-        batch_size=batch_size,
-        images=[len(train_set), len(test_set)],
+        seeds=list(seeds), lrs=list(lrs), epochs=epochs, size=size,
+        batch_size=batch_size, images=[len(train_set), len(test_set)],
         runs=runs,
         steps=[
             measure_steps(modes, batch_size, pixels, rounds, weights)
             for pixels in track(step_sizes, 'Measure a step')
         ],
         counts=[
-            dict(
-                batch_size=images,
-                size=pixels,
-                peak={
-                    mode: count_training(mode, images, pixels)
-                    for mode in modes
-                }) for images, pixels in batches
+            dict(batch_size=images, size=pixels, peak={
+                mode: count_training(mode, images, pixels) for mode in modes
+            }) for images, pixels in batches
         ])
 
 
-def _accuracies(found: dict, mode: str, lr: float) -> list[float]:
+def accuracies(found: dict, mode: str, lr: float) -> list[float]:
+    """Give the accuracy of each seed."""
     return [
         run['accuracy'] for run in found['runs']
         if (run['mode'], run['lr']) == (mode, lr)
     ]
 
 
-def _best_lr(found: dict, mode: str) -> float:
-    return max(
-        found['lrs'],
-        key=lambda lr: statistics.mean(_accuracies(found, mode, lr)))
+def best_lrs(found: dict) -> dict[str, float]:
+    """Find the learning rate with which each mode is the most accurate."""
+    return {
+        mode: max(found['lrs'], key=lambda lr: statistics.mean(
+            accuracies(found, mode, lr))) for mode in MODES
+    }
 
 
-def _accuracy_section(found: dict) -> str:
-    rows = [[
-        f'{lr:g}',
-        *(mean_spread(_accuracies(found, mode, lr)) for mode in MODES)
-    ] for lr in found['lrs']]
-    best = {mode: _best_lr(found, mode) for mode in MODES}
-    lines = [
-        table(['learning rate', *MODES], rows),
-        paragraph(f"""
-            Differences are means over the seeds; in brackets their
-            {CONFIDENCE:.0%} confidence interval (paired t-test)."""),
-        *(_compare(found, other, best) for other in ('Eval', 'Train')),
-        *filter(None, [_edges(found, best)])
-    ]
-    failed = [
-        f'{lr:g}' for lr in found['lrs']
-        if max(_accuracies(found, 'Tune', lr)) < .5
-        and max(_accuracies(found, 'Eval', lr)) < .5
-        and min(_accuracies(found, 'Train', lr)) > .5
-    ]
-    if failed:
-        lines.append(
-            paragraph(f"""
-            At a learning rate of {', '.join(failed)} Train mode learns while
-            Eval and Tune do not. That is what fixed statistics do, which Tune
-            shares with Eval: a likely reason is that no statistics of the
-            batch rein in maps that grow too large. Where a recipe for Train
-            mode is taken over, smaller learning rates are worth a try."""))
-    else:
-        lines.append(
-            paragraph("""
-            At no learning rate tried did Train mode learn while Eval and Tune
-            did not."""))
-    return '\n\n'.join(lines)
+def compare(found: dict, other: str) -> Difference:
+    """Compare Tune with another mode, each at its best learning rate."""
+    best = best_lrs(found)
+    return Difference.of(*(accuracies(found, mode, best[mode])
+                           for mode in ('Tune', other)))
 
 
-def _compare(found: dict, other: str, best: dict) -> str:
-    ours, theirs = (_accuracies(found, mode, best[mode])
-                    for mode in ('Tune', other))
-    mean, interval = paired_difference(ours, theirs)
-    return paragraph(f"""
-        Tune at its best learning rate ({best['Tune']:g}) less {other} at its
-        own ({best[other]:g}): {difference_text(mean, interval)},
-        {difference_verdict(interval)}.""")
+def fails_with_fixed_statistics(found: dict, lr: float) -> bool:
+    """Tell whether Train alone learns at a learning rate."""
+    train, *others = (accuracies(found, mode, lr) for mode in MODES)
+    return min(train) > .5 and all(max(other) < .5 for other in others)
 
 
-def _edges(found: dict, best: dict) -> str:
-    """Name the modes whose best learning rate may not be among those tried."""
-    edges = min(found['lrs']), max(found['lrs'])
-    modes = [mode for mode, lr in best.items() if lr in edges]
-    if not modes:
-        return ''
-    return paragraph(f"""The best learning rate of {', '.join(modes)} is the
-        smallest or the largest that was tried; one beyond may be better.""")
+def batch_text(batch: dict) -> str:
+    """Write the shape of a batch."""
+    return shape_text(batch['batch_size'], batch['size'], batch['size'])
 
 
-def _shape(batch: dict) -> str:
-    size = batch['size']
-    return f'{batch["batch_size"]} x 3 x {size} x {size}'
+def saved(peak: dict, mode: str = 'MMEngine') -> float:
+    """The share of Train's peak that a mode saves."""
+    return 1 - peak[mode] / peak['Train']
 
 
-def _step_section(found: dict) -> str:
-    rows = []
-    for step in found['steps']:
-        peak, seconds = step['peak'], step['seconds']
-        for mode in peak:
-            ratios = [a / b for a, b in zip(seconds[mode], seconds['Train'])]
-            low, median, high = quartiles(ratios)
-            rows.append([
-                _shape(step), mode,
-                mib(peak[mode]), f'{peak[mode] / peak["Train"] - 1:+.1%}',
-                f'{median:.3f} ({low:.3f}-{high:.3f})'
-            ])
-    return table(
-        ['batch', 'mode', 'peak, MiB', 'to Train', 'time, Train = 1'], rows)
+def each_mode(batches: Sequence[dict]) -> list[tuple[dict, str]]:
+    """List what was measured at each batch, with each mode."""
+    return [(batch, mode) for batch in batches for mode in batch['peak']]
 
 
-def _paper_table() -> str:
-    rows = []
-    for name, (accuracy, memory, seconds) in TABLE_3.items():
-        rows.append([
-            name, *(f'{value:.2f}' for value in accuracy), *memory,
-            f'{memory[1] / memory[0] - 1:+.1%}',
-            f'{seconds[1] / seconds[0]:.3f}'
-        ])
-    return table([
-        'dataset', 'Train, %', 'Tune, %', 'Train, MiB', 'Tune, MiB',
-        'memory to Train', 'time, Train = 1'
-    ], rows)
+def change(it: tuple[dict, str]) -> str:
+    """Write by how much a mode's peak differs from Train's."""
+    peak, mode = it[0]['peak'], it[1]
+    return f'{peak[mode] / peak["Train"] - 1:+.1%}'
 
 
-def _saved(peak: dict) -> float:
-    """The share that MMEngine's rewrite saves."""
-    return 1 - peak['MMEngine'] / peak['Train']
+def steps_table(found: dict) -> str:
+    """Lay out the memory and the time of a step."""
+
+    def time(it: tuple[dict, str]) -> str:
+        seconds, mode = it[0]['seconds'], it[1]
+        return quartiles_text(
+            a / b for a, b in zip(seconds[mode], seconds['Train']))
+
+    return table(each_mode(found['steps']), {
+        'batch': lambda it: batch_text(it[0]),
+        'mode': lambda it: it[1],
+        'peak, MiB': lambda it: mib(it[0]['peak'][it[1]]),
+        'to Train': change,
+        'time, Train = 1': time
+    })
 
 
-def _count_section(found: dict) -> str:
-    train, tune = TABLE_3['CUB-200'][1]
-    rows = []
-    for count in found['counts']:
-        peak = count['peak']
-        paper = dict(Train=train, MMEngine=tune) if (
-            count is found['counts'][0]) else {}
-        rows += [[
-            _shape(count), mode,
-            mib(peak[mode]), f'{peak[mode] / peak["Train"] - 1:+.1%}',
-            paper.get(mode, '')
-        ] for mode in peak]
-    first = found['counts'][0]
-    peak = first['peak']
-    off = peak['Train'] / MIB / train - 1
-    saved, claimed = _saved(peak), 1 - tune / train
-    near = abs(saved - claimed) <= .05
-    verdict = 'is within 5 points of' if near else 'is not'
-    per_image = (peak['Train'] - peak['MMEngine']) / first['batch_size']
-    text = f"""
-        The count in Train mode is {off:+.1%} to the paper's. MMEngine's
-        rewrite, which is the paper's way, saves {saved:.0%} of it, which
-        {verdict} what the paper has ({claimed:.0%}). It saves
-        {mib(per_image)} MiB an image; the paper's saving would be that of
-        {(train - tune) * MIB / per_image:.0f} images."""
-    if not near:
-        text += _why_not(found, claimed)
-    return '\n\n'.join([
-        table(['batch', 'mode', 'counted, MiB', 'to Train', 'paper, MiB'],
-              rows),
-        paragraph(text)
-    ])
+def paper_table() -> str:
+    """Lay out the paper's Table 3."""
+    return table(TABLE_3.items(), {
+        'dataset': lambda it: it[0],
+        'Train, %': lambda it: f'{it[1][0][0]:.2f}',
+        'Tune, %': lambda it: f'{it[1][0][1]:.2f}',
+        'Train, MiB': lambda it: it[1][1][0],
+        'Tune, MiB': lambda it: it[1][1][1],
+        'memory to Train': lambda it: f'{it[1][1][1] / it[1][1][0] - 1:+.1%}',
+        'time, Train = 1': lambda it: f'{it[1][2][1] / it[1][2][0]:.3f}'
+    })
 
 
-def _why_not(found: dict, claimed: float) -> str:
-    text = ''
-    for count in found['counts'][1:]:
-        saved = _saved(count['peak'])
-        verdict = ('could explain it' if abs(saved - claimed) <= .05 else
-                   'would not explain it')
-        text += f"""
-            Another size {verdict}: at {_shape(count)}, where parameters
-            weigh more beside the maps, it saves {saved:.0%}."""
-    return text + """
-        Kernels' workspaces, which a GPU's allocator logs and which are not
-        counted here, may: they are alike in both modes and take away from
-        the share. Nothing here shows that they do."""
+def counts_table(found: dict) -> str:
+    """Lay out what was counted, and what the paper logged."""
+    paper = dict(zip(('Train', 'MMEngine'), TABLE_3['CUB-200'][1]))
+    return table(each_mode(found['counts']), {
+        'batch': lambda it: batch_text(it[0]),
+        'mode': lambda it: it[1],
+        'counted, MiB': lambda it: mib(it[0]['peak'][it[1]]),
+        'to Train': change,
+        'paper, MiB': lambda it: paper.get(it[1], '')
+        if it[0] is found['counts'][0] else ''
+    })
 
 
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    best = {mode: _best_lr(found, mode) for mode in MODES}
-    reached = ', '.join(
-        f'{mean_spread(_accuracies(found, mode, lr))} in {mode}'
-        for mode, lr in best.items())
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
+    best = best_lrs(found)
     step = next(step for step in found['steps']
                 if step['size'] == found['size'])
-    peak = step['peak']
-    return (f'Accuracy at the best learning rate of each mode: {reached}; the '
-            f'peak of a step in Tune is {1 - peak["Tune"] / peak["Train"]:.0%}'
-            f' below that in Train, at {_shape(step)}.')
-
-
-def page(found: dict) -> str:
-    """Write the page."""
+    counted, *others = found['counts']
+    peak = counted['peak']
+    train, tune = TABLE_3['CUB-200'][1]
+    per_image = (peak['Train'] - peak['MMEngine']) / counted['batch_size']
     script = Path(finetune_digits.__file__).read_text(encoding='utf-8')
-    counted = found['counts'][0]
-    train, test = found['images']
-    parts = [
-        '## The script',
-        paragraph(f"""
-            An ImageNet MobileNetV2 learns scikit-learn's handwritten digits
-            (8 x 8 pixels, scaled to {found['size']} x {found['size']}):
-            {train} to train on, {test} to test, always the same. It is also
-            the shortest example of the Hook in a Runner of your own; the
-            lines that concern mmtune are marked.
-            `python tools/finetune_digits.py --mode tune` runs it."""),
-        f'```python\n{script}```',
-        '## Accuracy',
-        paragraph(f"""
-            Share of test digits recognised after {found['epochs']} epochs at
-            batch {found['batch_size']} with AdamW, mean and sample standard
-            deviation over {len(found['seeds'])} seeds, which choose the
-            weights of the new layer and the order of images. The best
-            learning rate is picked on the test digits, so that absolute
-            values are optimistic."""),
-        _accuracy_section(found),
-        '## Memory and time of a step',
-        paragraph(f"""
-            The most bytes of tensors that a training step creates and holds
-            at once, counted on the CPU, and its time: ratios within rounds in
-            which the modes take turns, median and quartiles. Blocks whose
-            maps have fewer than {convolution.SMALL_MAP:,} elements run as
-            stock in Tune mode, while MMEngine's rewrite folds them."""),
-        _step_section(found),
-        '## Table 3 of the paper',
-        paragraph('The figures of the paper, ResNet-50; its GB, as logged, '
-                  'are MiB divided by 1000:'),
-        _paper_table(),
-        paragraph(f"""
-            The memory of such a training can be counted without a GPU, on
-            tensors that have a size and no content. The setting here is
-            mmpretrain's for CUB-200: {counted['batch_size']} images (its 8 x
-            8, all on one device) of {counted['size']} x {counted['size']}
-            pixels, float32, SGD with momentum, everything counted from
-            parameters to feature maps. That the paper's is the same is a
-            guess, and the accuracy speaks against it: mmpretrain gives
-            {MMPRETRAIN_CUB}% for its config of CUB-200, which starts from
-            ImageNet-21k weights, where the paper has
-            {TABLE_3['CUB-200'][0][0]}% in the same mode."""),
-        _count_section(found),
-        '## Not run here',
-        paragraph("""
-            Training on CUB-200, Aircraft and Cars, for which this project had
-            neither the data nor a GPU. The configs are there, for mmpretrain
-            1.2 with mmtune and openmim beside it; where they look for the
-            data [their README](../../../configs/README.md#classification)
-            says. The commands for 8 GPUs:"""),
-        '```bash\n' + '\n'.join(
-            f'mim train mmpretrain configs/resnet/resnet50_8xb8{mode}_{data}'
-            '.py \\\n    --gpus 8 --launcher pytorch'
-            for data in ('cub', 'aircraft', 'cars')
-            for mode in ('', '-eval', '-tune')) + '\n```',
-        paragraph("""
-            Without a suffix it is Train mode, which the paper compares with,
-            `-eval` holds the BatchNorms, and `-tune` is that in Tune
-            mode."""),
-    ]
-    return '\n\n'.join(parts) + '\n'
+    columns: dict[str, Callable[[float], str]] = {
+        mode: lambda lr, mode=mode: mean_spread(accuracies(found, mode, lr))
+        for mode in MODES
+    }
+    return {
+        'reached': ', '.join(
+            f'{mean_spread(accuracies(found, mode, lr))} in {mode}'
+            for mode, lr in best.items()),
+        'saved': f'{saved(step["peak"], "Tune"):.0%}',
+        'at': batch_text(step),
+        'script': f'```python\n{script}```',
+        'size': f'{found["size"]} x {found["size"]}',
+        'train-images': found['images'][0],
+        'test-images': found['images'][1],
+        'epochs': found['epochs'],
+        'batch': found['batch_size'],
+        'seeds': len(found['seeds']),
+        'accuracies': table(
+            found['lrs'], {'learning rate': '{:g}'.format, **columns}),
+        **{f'best-{mode}': f'{lr:g}' for mode, lr in best.items()},
+        **{f'less-{other}': compare(found, other)
+           for other in ('Eval', 'Train')},
+        'failed': ', '.join(
+            f'{lr:g}' for lr in found['lrs']
+            if fails_with_fixed_statistics(found, lr)) or 'none',
+        'small': f'{convolution.SMALL_MAP:,}',
+        'steps': steps_table(found),
+        'paper': paper_table(),
+        'counts': counts_table(found),
+        'off': f'{peak["Train"] / MIB / train - 1:+.1%}',
+        'share': f'{saved(peak):.0%}',
+        'claimed': f'{1 - tune / train:.0%}',
+        'per-image': mib(per_image),
+        'images': f'{(train - tune) * MIB / per_image:.0f}',
+        'other-sizes': ', '.join(
+            f'{saved(count["peak"]):.0%} at {batch_text(count)}'
+            for count in others)
+    }
 
 
-def plot(found: dict, path: Path) -> None:
-    """Plot accuracy by learning rate, and memory beside the paper's."""
-    figure = Figure(figsize=(8, 3.6), layout='constrained')
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    train, tune = TABLE_3['CUB-200'][1]
+    claimed = 1 - tune / train
+    best = best_lrs(found)
+    edges = min(found['lrs']), max(found['lrs'])
+    return {
+        'these runs cannot tell Tune from Eval, nor from Train':
+        not any(compare(found, other).is_certain
+                for other in ('Eval', 'Train')),
+        'the best learning rate of Train, and of no other mode, is at the '
+        'edge of those tried':
+        [mode for mode, lr in best.items() if lr in edges] == ['Train'],
+        'at some learning rate Train alone learns':
+        any(fails_with_fixed_statistics(found, lr) for lr in found['lrs']),
+        "the rewrite saves more than the paper's share, at any size":
+        all(saved(count['peak']) > claimed + .05 for count in found['counts'])
+    }
+
+
+@drawing(3.6)
+def plot(found: dict, figure: Figure) -> None:
+    """Draw accuracy by learning rate, and memory beside the paper's."""
     points, bars = figure.subplots(1, 2)
     places = {lr: place for place, lr in enumerate(found['lrs'])}
     for shift, mode in zip((-.2, 0, .2), MODES):
         runs = [run for run in found['runs'] if run['mode'] == mode]
         points.plot([places[run['lr']] + shift for run in runs],
-                    [run['accuracy'] for run in runs],
-                    'o',
-                    alpha=.7,
+                    [run['accuracy'] for run in runs], 'o', alpha=.7,
                     label=mode)
     points.set_xticks(list(places.values()), [f'{lr:g}' for lr in places])
     points.set(
         xlabel='learning rate', ylabel='accuracy', title='Digits, a dot a run')
     points.legend()
-    peak = found['counts'][0]['peak']
+    counted = found['counts'][0]
+    peak = counted['peak']
     container = bars.bar(list(peak), [n / MIB for n in peak.values()])
     bars.bar_label(container, fmt='%.0f')
     for value, mode in zip(TABLE_3['CUB-200'][1], ('Train', 'MMEngine')):
         bars.plot(mode, value, 'k_', markersize=30)
     bars.plot([], [], 'k_', label="the paper's")
-    bars.set(
-        ylabel='MiB',
-        title=f'ResNet-50, {_shape(found["counts"][0])}, counted')
+    bars.set(ylabel='MiB', title=f'ResNet-50, {batch_text(counted)}, counted')
     bars.set_ylim(top=1.25 * peak['Train'] / MIB)
     bars.legend()
-    figure.savefig(path, dpi=120)
+
+
+PAGE = Page(run, figures, claims, plot)

@@ -1,4 +1,5 @@
 """What the coefficients of a pretrained checkpoint say of Deploy mode."""
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,17 +11,7 @@ from mmtune.analysis.plots import plot_scales
 from mmtune.analysis.scales import POWERS
 from mmtune.analysis.sources import load_fitting, read_state_dict
 from reproductions.material import fetch_weights
-from reproductions.pages import paragraph, table
-
-TITLE = 'Coefficients of a pretrained checkpoint'
-OF_PAPER = 'Mechanism 1'
-QUESTION = paragraph("""
-    Deploy's step of a channel is Tune's divided by `coeff^2` (SGD) or
-    `|coeff|` (Adam), with `coeff = gamma / sqrt(var + eps)`:
-    [deploy.md](../deploy.md) derives it. Which channels of the ImageNet
-    MobileNetV2 that the demo starts from would step too far in Deploy mode,
-    and is there a learning rate that suits all?
-    """)
+from reproductions.page import Page, sheet, table
 
 # By how much a step may differ from Tune's to be about the same.
 FACTOR = 10.
@@ -53,80 +44,75 @@ def run(factor: float = FACTOR) -> dict:
         })
 
 
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    best = {optimizer: total['best']
-            for optimizer, total in found['total'].items()}
-    shares = ' and '.join(
-        f'{row["share"]:.0%} with {optimizer} ({row["lr"]:.2g} times)'
-        for optimizer, row in best.items())
-    none = all(row['share'] < 1 for row in best.values())
-    factor = f'{found["factor"]:g}'
-    return (('No learning rate suits all channels. ' if none else '')
-            + f"At the best one between 1/{factor} and {factor} times Tune's, "
-            f'a step of Deploy is within {factor} times that of Tune in '
-            f'{shares}.')
+def most_too_far(found: dict) -> list[str]:
+    """Name the blocks in which most channels step too far with SGD."""
+    return [block['bn'] for block in found['blocks']
+            if block['at_same_lr']['faster'] > 0.5]
 
 
-def page(found: dict) -> str:
-    """Write the page."""
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
     totals = found['total']
     sgd = totals['SGD']
     worst = max(found['blocks'], key=lambda b: b['at_same_lr']['faster'])
-    spread = table((r'\|coeff\|', *sgd['coeff']), [
-        (name, *(f'{value:.2g}' for value in row['coeff'].values()))
-        for name, row in (('all channels', sgd), (f'`{worst["bn"]}`', worst))
-    ])
-    rows = [("too far at Tune's learning rate",
-             [f'{t["at_same_lr"]["faster"]:.1%}' for t in totals.values()]),
-            ("too short at Tune's learning rate",
-             [f'{t["at_same_lr"]["slower"]:.1%}' for t in totals.values()])]
-    for index, limit in enumerate(sgd['limits']):
-        rows.append((f'{limit["share"]:.1%} of the channels do not step too '
-                     "far up to, times Tune's learning rate",
-                     [f'{t["limits"][index]["lr"]:.2g}'
-                      for t in totals.values()]))
-    rows += [('within the factor at the best learning rate',
-              [f'{t["best"]["share"]:.1%}' for t in totals.values()]),
-             ("that learning rate, times Tune's",
-              [f'{t["best"]["lr"]:.2g}' for t in totals.values()])]
-    steps = table((f'factor {found["factor"]:g}', *totals),
-                  [(text, *values) for text, values in rows])
-    fast = [b['bn'] for b in found['blocks']
-            if b['at_same_lr']['faster'] > 0.5]
-    most_above = ('Most scales are above 1, where Deploy learns slower than '
-                  'Tune. One channel with a small scale can be enough to '
-                  'diverge, if the loss is steep there, which a checkpoint '
-                  'does not say'
-                  if sgd['coeff']['median'] > 1 else
-                  'Most scales are below 1, so that Deploy mostly steps '
-                  'farther than Tune')
-    exceptions = (f'more than half of the channels step too far in '
-                  f'{", ".join(f"`{name}`" for name in fast)}'
-                  if fast else 'in no block do most channels step too far')
-    return '\n\n'.join([
-        paragraph(
-            f'{sgd["channels"]} channels in {len(found["blocks"])} blocks; '
-            'the second row is the block with the most channels that step '
-            'too far.'), spread,
-        paragraph(f'"Too far" is more than {found["factor"]:g} times as far '
-                  'as Tune after the same gradients, "too short" less than '
-                  f'1/{found["factor"]:g}. The limit for 100% is a bound, '
-                  'the others are rules of thumb. No learning rate here is '
-                  f'above {found["factor"]:g} times Tune\'s, since head and '
-                  'neck have no scale, and would step too far.'), steps,
-        paragraph(f'{most_above}. With SGD, {exceptions}.'),
-        '## Not run here',
-        paragraph('Other checkpoints: '
-                  '`tools/analysis_tools/diagnose_checkpoint.py` takes any. '
-                  'What it comes to in training is on the page '
-                  '[accuracy](accuracy.md) for this checkpoint, with AdamW, '
-                  'and on the page [mechanism](mechanism.md) for a small '
-                  'network, with SGD.')
-    ])
+    scales = {'all channels': sgd['coeff'], f'`{worst["bn"]}`': worst['coeff']}
+
+    def value(key: str) -> Callable[[str], str]:
+        return lambda name: f'{scales[name][key]:.2g}'
+
+    return {
+        'shares': ' and '.join(
+            f'{total["best"]["share"]:.0%} with {optimizer} '
+            f'({total["best"]["lr"]:.2g} times)'
+            for optimizer, total in totals.items()),
+        'factor': f'{found["factor"]:g}',
+        'channels': sgd['channels'],
+        'blocks': len(found['blocks']),
+        'scales': table(scales, {
+            r'\|coeff\|': str,
+            **{key: value(key) for key in sgd['coeff']}
+        }),
+        'steps': steps_table(found),
+        'fast': ', '.join(f'`{name}`' for name in most_too_far(found))
+    }
+
+
+def steps_table(found: dict) -> str:
+    """Lay out how far steps go, an optimizer a column."""
+    rows: dict[str, Callable[[dict], str]] = {
+        "too far at Tune's learning rate":
+        lambda total: f'{total["at_same_lr"]["faster"]:.1%}',
+        "too short at Tune's learning rate":
+        lambda total: f'{total["at_same_lr"]["slower"]:.1%}'
+    }
+    for index, limit in enumerate(found['total']['SGD']['limits']):
+        rows[f'{limit["share"]:.1%} of the channels do not step too far up '
+             "to, times Tune's learning rate"] = (
+                 lambda total, index=index:
+                 f'{total["limits"][index]["lr"]:.2g}')
+    rows['within the factor at the best learning rate'] = (
+        lambda total: f'{total["best"]["share"]:.1%}')
+    rows["that learning rate, times Tune's"] = (
+        lambda total: f'{total["best"]["lr"]:.2g}')
+    return sheet(f'factor {found["factor"]:g}', found['total'], rows)
+
+
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    totals = found['total']
+    return {
+        'no learning rate suits all channels':
+        all(total['best']['share'] < 1 for total in totals.values()),
+        'most scales are above 1': totals['SGD']['coeff']['median'] > 1,
+        'in some blocks most channels step too far':
+        bool(most_too_far(found))
+    }
 
 
 def plot(found: dict, path: Path) -> None:
     """Plot the spread of each block's coefficients."""
     plot_scales([block['coeff'] for block in found['blocks']],
                 found['factor'], 'SGD', path)
+
+
+PAGE = Page(run, figures, claims, plot)

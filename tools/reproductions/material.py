@@ -18,7 +18,7 @@ from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
 from mmtune.behaviours import convolution
 from mmtune.report import Report
-from reproductions.pages import Item, track
+from reproductions.page import Item, track
 
 
 def fetch_weights() -> str:
@@ -57,14 +57,9 @@ def pretrained_classifier() -> nn.Module:
 def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
     """Give handwritten digits as ImageNet networks take images.
 
-    Args:
-        size (int): Height and width in pixels.
-        count (int): How many.
-        split (str): ``'train'`` or ``'test'``.
-
     Returns:
-        tuple[Tensor, Tensor]: Images of shape (count, 3, size, size), and
-        labels.
+        tuple[Tensor, Tensor]: Images of shape (count, 3, size, size) of the
+        split ``'train'`` or ``'test'``, and labels.
     """
     data = load_data(size)[('train', 'test').index(split)]
     return data[:count]
@@ -75,30 +70,13 @@ def put_in_paper_mode(model: nn.Module,
                       modules: Sequence[str] | None = None) -> Report | None:
     """Put a model into a mode as the paper has it, with stock activations.
 
-    Args:
-        model (nn.Module): A stock model.
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        modules (Sequence[str], optional): Names of submodules. Defaults to
-            None: the whole model.
-
-    Returns:
-        Report: See :func:`mmtune.analysis.modes.put_in_mode`.
+    See :func:`mmtune.analysis.modes.put_in_mode`.
     """
     return put_in_mode(model, PAPERS_TUNE if mode == 'Tune' else mode, modules)
 
 
 def put_in_folding_mode(model: nn.Module, mode: str) -> None:
-    """Put a model into a mode, in which Tune folds however small a map is.
-
-    Args:
-        model (nn.Module): A stock model.
-        mode (str): One of :data:`mmtune.analysis.modes.MODES`.
-        modules (Sequence[str], optional): See
-            :func:`mmtune.analysis.modes.put_in_mode`. Defaults to None.
-
-    Returns:
-        Report: Of Tune and Deploy, else None.
-    """
+    """The same of a whole model; Tune folds however small a map is."""
     with mock.patch.multiple(convolution, SMALL_MAP=0, SMALL_SHARE=0):
         put_in_paper_mode(model, mode)
 

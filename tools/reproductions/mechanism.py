@@ -1,28 +1,13 @@
-"""When Deploy is unstable to train, and whether the scales foretell it."""
+"""When Deploy is unstable to train, and that the scales are why."""
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.mechanism_limits import (
-    alone_table,
-    alone_verdict,
-    best_table,
-    best_verdict,
-    by_times,
-    foretold,
-    limit_table,
-    prediction_table,
-    prediction_verdict,
-    ratios,
-    span,
-    summarize,
-    verdict,
-)
 from reproductions.mechanism_network import (
     BATCH_SIZE,
     CORRECTED,
@@ -30,288 +15,302 @@ from reproductions.mechanism_network import (
     MODES,
     MOMENTUM,
 )
-from reproductions.mechanism_runs import FACTOR, FINAL_STEPS, run
-from reproductions.pages import mean_spread, paragraph, table
+from reproductions.mechanism_runs import FINAL_STEPS, run
+from reproductions.page import Page, drawing, mean_spread, span, table
 
-__all__ = ['answer', 'page', 'plot', 'run']
-
-TITLE = 'When Deploy is unstable to train'
-OF_PAPER = 'Mechanism 1'
-QUESTION = paragraph("""
-    The paper's Mechanism 1: Deploy multiplies the weight by `coeff = gamma /
-    sqrt(var + eps)`, and its gradient by `1 / coeff` against Eval. Where the
-    scales are small, its training becomes unstable. So, at which learning
-    rates does Deploy fail where Eval and Tune do not? Do the scales of a
-    checkpoint tell, as [deploy.md](../deploy.md) derives? And does Deploy
-    with its gradient multiplied by `coeff^2` follow Tune?
-    """)
+Row = dict[str, Any]
+GUESSING = math.log(len(FINE_TUNED_ON))
+# Accuracies no farther apart than this count as alike.
+COMPARABLE = 0.02
+# Losses in float64 no farther apart than this are the same.
+SAME = 1e-9
 
 
-def answer(found: dict[str, Any]) -> str:
-    """Say in a sentence what came out."""
-    limits = '; '.join(f'x {by:g}: {span(ratios(group))}'
-                       for by, group in by_times(summarize(found)).items())
-    return ("The largest learning rate that Deploy bears, as a multiple of "
-            f"Tune's, by what the scales are multiplied by: {limits}.")
+def failed(loss: float | None) -> bool:
+    """Tell whether a run has learned next to nothing, or diverged.
 
-
-def page(found: dict[str, Any]) -> str:
-    """Describe what came out."""
-    rows = summarize(found)
-    alone = summarize(found, found['alone'])
-    alone_lrs = found['alone']['lrs']
-    guessing = math.log(len(FINE_TUNED_ON))
-    parts = [
-        paragraph(f"""
-        A ResNet of nine convolutions, each with a BatchNorm, learns
-        scikit-learn's handwritten digits 0 to 4 in Train mode (accuracy on
-        images that it has not seen: {mean_spread(found['pretrained'])}), gets
-        a new head, and is fine-tuned on the digits 5 to 9: {found['steps']}
-        steps of SGD with momentum {MOMENTUM}, batches of {BATCH_SIZE}, at
-        {len(found['lrs'])} learning rates from {found['lrs'][0]:.2g} to
-        {found['lrs'][-1]:.2g}, in each mode, {len(found['pretrained'])}
-        seeds. Gamma and beta learn. Each is done with the scales as
-        pretraining left them, and with the scales of all channels multiplied:
-        a weight is divided by a number, the mean and deviation of its
-        BatchNorm likewise. Train mode would not notice, so pretraining could
-        have ended there as well; and the function stays what it was.
-        A run *fails* if its final training loss (mean of the last
-        {FINAL_STEPS} steps) is not below half the loss of guessing,
-        {guessing:.2f}. The largest learning rate at which it does not is its
-        *limit*.
-        """), '## Where each mode fails',
-        limit_table(rows),
-        paragraph("""
-        The limit of each mode, from the lowest to the highest of the seeds.
-        The last mode is the control: Deploy with the gradient of each weight
-        multiplied by `coeff^2`. A limit is known to a factor of 2, from one
-        learning rate to the next.
-        """), *(paragraph(verdict(by, group))
-                for by, group in by_times(rows).items()),
-        paragraph(invariance(found)),
-        '## Where nothing learns but weights',
-        paragraph(f"""
-        Gamma, beta and the head have no scale, and take the same steps in
-        Deploy as in Tune; where they limit the learning rate, the scales of
-        the weights hide. So here the head learns first, by itself, and then
-        the weights of the convolutions alone, at {len(alone_lrs)} learning
-        rates from {alone_lrs[0]:.2g} to {alone_lrs[-1]:.2g}. Near a minimum
-        Deploy's limit
-        should then be Tune's times a number between the squares of the
-        smallest and of the largest scale.
-        """),
-        alone_table(alone),
-        paragraph(alone_verdict(alone)),
-        "## At Eval's best learning rate, and at its own",
-        best_table(rows),
-        paragraph("""
-        A mode's best learning rate is the one with the lowest final training
-        loss. Accuracies on images that were not trained on, mean and standard
-        deviation over the seeds; in brackets the final training loss.
-        """),
-        paragraph(best_verdict(rows)), '## Whether the scales foretell it',
-        prediction_table(rows),
-        paragraph(f"""
-        Multiples of Tune's limit, over the seeds, from `mmtune.analysis`:
-        `lr_limit` with factor 1, for all channels (where it is a bound) and
-        for fewer (rules of thumb); above, the square of the largest scale,
-        beyond which Deploy's stability would imply Tune's. The last two
-        columns compare best learning rates instead, with `best_lr` at factor
-        {FACTOR:g}.
-        """),
-        paragraph(prediction_verdict(rows)), '## Controls, in float64',
-        control_table(found['controls']),
-        paragraph(control_verdict(found['controls'])),
-        '## What this says of Mechanism 1',
-        paragraph(conclusion(found, rows, alone)), '## Not run here',
-        paragraph("""
-        Large networks, and networks whose scales differ by orders of
-        magnitude from channel to channel, as those of MobileNetV2 do
-        ([deploy.md](../deploy.md)). Adam, for which the steps differ by
-        `coeff` instead of its square. Weight decay, clipping and warm-up,
-        which practice has. Long runs.
-        """)
-    ]
-    return '\n\n'.join(parts)
-
-
-def conclusion(found: dict[str, Any], rows: Sequence[dict[str, Any]],
-               alone: Sequence[dict[str, Any]]) -> str:
-    """Say what was confirmed of the paper's explanation, and what not."""
-    text = ('The scales are why Deploy takes another path than Tune: the '
-            'control confirms it. ' if follows(found['controls']) else
-            'The control does not confirm that the scales are why Deploy '
-            'takes another path than Tune. ')
-    inside, learned = foretold(alone)
-    text += ('They bound where it fails, too, where nothing but weights '
-             f'learns ({inside} of {learned} checkpoints). '
-             if learned and inside == learned else
-             'But not even where nothing but weights learns do they bound '
-             f'where it fails ({inside} of {learned} checkpoints). ')
-    groups = by_times(rows)
-    for times, group in groups.items():
-        kind = ('as pretraining left them' if times == 1 else
-                f'multiplied by {times:g}')
-        text += (f'With scales {kind}, and everything learning, Deploy fails '
-                 f'at a lower learning rate than Tune in '
-                 f'{sum(map(fails_first, group))} of {len(group)} seeds. ')
-    if 1. in groups:
-        text += judge_stock(
-            groups[1.],
-            [group for times, group in groups.items() if times < 1])
-    return text + ('What it comes to in a transfer run, with AdamW and scales '
-                   'mostly above 1, is on the page '
-                   '[Accuracy on the trees](accuracy.md).')
-
-
-def fails_first(row: dict[str, Any]) -> bool:
-    """Tell whether Deploy fails at a learning rate that Tune bears.
+    Args:
+        loss (float | None): Its final loss; None if that is infinite.
 
     Returns:
-        bool: True also where Deploy fails at all learning rates.
+        bool: Whether it is not below half the loss of guessing.
     """
+    return loss is None or loss >= GUESSING / 2
+
+
+def stable_limit(lrs: Sequence[float],
+                 losses: Sequence[float | None]) -> float | None:
+    """Find the largest learning rate that does not fail; None if all do."""
+    learned = [lr for lr, loss in zip(lrs, losses) if not failed(loss)]
+    return max(learned, default=None)
+
+
+def best_place(losses: Sequence[float | None]) -> int | None:
+    """Find the place of the run that learned best; None if all failed."""
+    places = [i for i, loss in enumerate(losses) if not failed(loss)]
+    return min(places, key=lambda i: losses[i], default=None)
+
+
+def summarize(found: Row, swept: Row | None = None) -> list[Row]:
+    """Put together what each checkpoint led to.
+
+    Args:
+        found (dict): What :func:`run` returns.
+        swept (dict, optional): The part of it that has the sweeps. Defaults
+            to None: all of it.
+
+    Returns:
+        list[dict]: For each checkpoint what
+        :func:`reproductions.mechanism_runs.describe` found; for each mode
+        its ``limit``, see :func:`stable_limit`, and the place of its
+        ``best`` learning rate; and the ``sweep`` of each mode.
+    """
+    swept = swept or found
+    rows = []
+    for scales in found['scales']:
+        sweeps = {
+            row['mode']: row for row in swept['sweeps']
+            if all(row[key] == scales[key] for key in ('times', 'seed'))
+        }
+        rows.append(scales | dict(
+            lrs=swept['lrs'],
+            sweep=sweeps,
+            limit={mode: stable_limit(swept['lrs'], row['losses'])
+                   for mode, row in sweeps.items()},
+            best={mode: best_place(row['losses'])
+                  for mode, row in sweeps.items()}))
+    return rows
+
+
+def by_times(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """Group summaries by what the scales were multiplied by."""
+    return {
+        times: [row for row in rows if row['times'] == times]
+        for times in dict.fromkeys(row['times'] for row in rows)
+    }
+
+
+def grouped(rows: Sequence[Row],
+            columns: dict[str, Callable[[list[Row]], object]]) -> str:
+    """Write a table with a row for each group of checkpoints."""
+    return table(by_times(rows).values(), {
+        'scales': lambda group: f'x {group[0]["times"]:g}', **columns
+    })
+
+
+def ratios(rows: Iterable[Row], other: str = 'Tune') -> list[float]:
+    """Divide Deploy's limits by another mode's, where both learned."""
+    return [
+        row['limit']['Deploy'] / row['limit'][other] for row in rows
+        if row['limit']['Deploy'] and row['limit'][other]
+    ]
+
+
+def limit_cell(mode: str) -> Callable[[list[Row]], str]:
+    """Write the limits of a mode."""
+    return lambda group: span(row['limit'][mode] for row in group)
+
+
+def fails_first(row: Row) -> bool:
+    """Tell whether Deploy fails at a learning rate that Tune bears."""
     limit = row['limit']
     return (limit['Deploy'] or 0) < (limit['Tune'] or 0)
 
 
-def judge_stock(stock: Sequence[dict[str, Any]],
-                smaller: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Say whether checkpoints as they come show the paper's instability."""
-    first = sum(map(fails_first, stock))
-    if first == len(stock):
-        return ('That confirms the instability that the paper reports for '
-                'checkpoints as they come. ')
-    if first:
-        return (f'So {first} of {len(stock)} of these checkpoints show the '
-                'instability that the paper reports as they come. ')
-    if any(all(map(fails_first, group)) for group in smaller):
-        return ('So these checkpoints, as they come, do not show the '
-                'instability that the paper reports; small scales do. ')
-    return ('So the instability that the paper reports does not show here. ')
+def limit_table(rows: Sequence[Row]) -> str:
+    """Lay out the limits of all modes."""
+    return grouped(rows, {
+        'coeff': lambda group: span(
+            row[end] for row in group for end in ('min', 'max')),
+        **{mode: limit_cell(mode) for mode in MODES},
+        'Deploy / Eval': lambda group: span(ratios(group, 'Eval')),
+        'Deploy / Tune': lambda group: span(ratios(group)),
+        'seeds in which Deploy fails before Tune': lambda group:
+        f'{sum(map(fails_first, group))} of {len(group)}'
+    })
 
 
-def invariance(found: dict[str, Any]) -> str:
-    """Say what multiplying the scales changes, and what it does not."""
-    apart = [row['rescaled'] for row in found['controls']]
-    if None in apart or max(apart) > 1e-9:
-        return ("Deploy's own runs should not depend on what the scales are "
-                'multiplied by, since the folded weights do not; in float64 '
-                'they did all the same, which contradicts the derivation.')
-    return ('Deploy itself does not notice what the scales are multiplied by, '
-            'since the folded weights stay what they were: in float64 its '
-            f'losses differ by at most {max(apart):.1e} over a run. What '
-            'changes is how large a learning rate Eval and Tune bear, and '
-            'need.')
-
-
-def control_table(controls: Sequence[dict[str, Any]]) -> str:
-    """Lay out how far runs lie apart that should be the same, or not."""
-    rows = []
-    for gamma in ('fixed', 'learning'):
-        for mode in MODES:
-            if mode == 'Tune':
-                continue
-            found = [row[gamma][mode] for row in controls]
-            finite = [value for value in found if value is not None]
-            text = (f'{min(finite):.1e} to {max(finite):.1e}'
-                    if finite == found else 'infinite')
-            rows.append([mode, gamma, text])
-    return table(['against Tune', 'gamma', 'largest difference of losses'],
-                 rows)
-
-
-def extreme(controls: Sequence[dict[str, Any]], gamma: str, mode: str,
-            end: Callable[[list[float]], float]) -> float:
-    """Find how far a mode is from Tune at the least, or at the most.
+def at_best(row: Row, mode: str, lr_of: str) -> tuple[float, float | None]:
+    """What a mode reaches at the best learning rate of another.
 
     Returns:
-        float: The difference of losses, infinite where one was.
+        tuple[float, float | None]: The accuracy and the final loss, not
+        numbers where the other never learned.
     """
-    values = [row[gamma][mode] for row in controls]
-    return end([math.inf if value is None else value for value in values])
+    sweep, place = row['sweep'][mode], row['best'][lr_of]
+    if place is None:
+        return math.nan, math.nan
+    return sweep['accuracies'][place], sweep['losses'][place]
 
 
-def follows(controls: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether Deploy follows Tune with its gradient multiplied alone."""
-    return (extreme(controls, 'fixed', CORRECTED, max) < 1e-9
-            and extreme(controls, 'fixed', 'Deploy', min) > 1e-3)
+def best_lr(row: Row, mode: str) -> float | None:
+    """A mode's best learning rate; None where it never learned."""
+    place = row['best'][mode]
+    return None if place is None else row['lrs'][place]
 
 
-def control_verdict(controls: Sequence[dict[str, Any]]) -> str:
-    """Say whether Deploy with its gradient multiplied follows Tune."""
-    function = max(row['function'] for row in controls)
-    runs = Counter[str]()
+def best_ratio(row: Row, one: str, other: str) -> float | None:
+    """Divide the best learning rates of two modes."""
+    lrs = best_lr(row, one), best_lr(row, other)
+    return None if None in lrs else lrs[0] / lrs[1]
+
+
+def best_table(rows: Sequence[Row]) -> str:
+    """Lay out what Deploy reaches at Eval's learning rate and at its own."""
+
+    def cell(mode: str, lr_of: str) -> Callable[[list[Row]], str]:
+
+        def write(group: list[Row]) -> str:
+            accuracies, losses = zip(
+                *(at_best(row, mode, lr_of) for row in group))
+            mean = math.inf if None in losses else statistics.mean(losses)
+            return f'{mean_spread(accuracies)} ({mean:.2g})'
+
+        return write
+
+    def lrs(mode: str) -> Callable[[list[Row]], str]:
+        return lambda group: span(best_lr(row, mode) for row in group)
+
+    return grouped(rows, {
+        "Eval's best lr": lrs('Eval'),
+        'Eval': cell('Eval', 'Eval'),
+        'Tune there': cell('Tune', 'Eval'),
+        'Deploy there': cell('Deploy', 'Eval'),
+        "Deploy's best lr": lrs('Deploy'),
+        'Deploy': cell('Deploy', 'Deploy'),
+        "Eval's / Deploy's": lambda group: span(
+            best_ratio(row, 'Eval', 'Deploy') for row in group)
+    })
+
+
+def own_difference(rows: Sequence[Row]) -> list[float]:
+    """Deploy's accuracy less Eval's, each at its best, at stock scales."""
+    return [
+        at_best(row, 'Deploy', 'Deploy')[0] - at_best(row, 'Eval', 'Eval')[0]
+        for row in rows if row['times'] == 1
+    ]
+
+
+def distances(controls: Sequence[Row], gamma: str, mode: str) -> list[float]:
+    """How far losses are from Tune's, infinite where one was."""
+    return [math.inf if row[gamma][mode] is None else row[gamma][mode]
+            for row in controls]
+
+
+def control_table(controls: Sequence[Row]) -> str:
+    """Lay out how far runs lie apart that should be the same, or not."""
+    kinds = [(gamma, mode) for gamma in ('fixed', 'learning')
+             for mode in MODES if mode != 'Tune']
+    return table(kinds, {
+        'against Tune': lambda it: it[1],
+        'gamma': lambda it: it[0],
+        'largest difference of losses':
+        lambda it: span(distances(controls, *it), '.1e')
+    })
+
+
+def figures(found: Row) -> dict[str, object]:
+    """Write what the page shows."""
+    rows, controls = summarize(found), found['controls']
+    blocks = Counter[str]()
     for row in controls:
-        runs.update(row['runs'])
-    eval_apart = max(
-        extreme(controls, gamma, 'Eval', max)
-        for gamma in ('fixed', 'learning'))
-    lrs = span([row['lr'] for row in controls])
-    text = (
-        'From the lowest to the highest over checkpoints, at learning rates '
-        f'of {lrs}, the lower the larger the scales. Multiplying the scales '
-        f'changes the features of the test images by {function:.1e} of their '
-        f'size. In Tune, {runs["fused"]} of {runs.total()} blocks ran '
-        'folded. ')
-    text += (f"Tune's losses are Eval's, to {eval_apart:.1e}. "
-             if eval_apart < 1e-9 else
-             "Tune's losses are not Eval's, which contradicts the method. ")
-    if follows(controls):
-        text += ('With gamma fixed, Deploy with its gradient multiplied by '
-                 '`coeff^2` follows Tune exactly, and without does not: the '
-                 'scales are all there is to it. ')
-    else:
-        text += ('With gamma fixed, Deploy with its gradient multiplied by '
-                 '`coeff^2` should follow Tune, and Deploy alone should not, '
-                 'but that is not what was measured. ')
-    if extreme(controls, 'learning', CORRECTED, max) > 1e-9:
-        text += ('Where gamma learns, as in the sweeps above, it follows '
-                 'only nearly, as derived.')
-    return text
+        blocks.update(row['runs'])
+    return {
+        'ratios': '; '.join(f'x {times:g}: {span(ratios(group))}'
+                            for times, group in by_times(rows).items()),
+        'pretrained': mean_spread(found['pretrained']),
+        'steps': found['steps'],
+        'momentum': MOMENTUM,
+        'batch': BATCH_SIZE,
+        'rates': len(found['lrs']),
+        'lrs': span(found['lrs']),
+        'seeds': len(found['pretrained']),
+        'final-steps': FINAL_STEPS,
+        'guessing': f'{GUESSING:.2f}',
+        'limits': limit_table(rows),
+        'rescaled': span([max((row['rescaled'] for row in controls
+                               if row['rescaled'] is not None),
+                              default=None)], '.1e'),
+        'best': best_table(rows),
+        'own': mean_spread(own_difference(rows)),
+        'controls': control_table(controls),
+        'control-lrs': span(row['lr'] for row in controls),
+        'function': f'{max(row["function"] for row in controls):.1e}',
+        'folded': f'{blocks["fused"]} of {blocks.total()}'
+    }
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Plot final losses against learning rates."""
+def claims(found: Row) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
+    controls, rows = found['controls'], summarize(found)
+
+    def apart(gamma: str, mode: str) -> list[float]:
+        return distances(controls, gamma, mode)
+
+    first = {times: sum(map(fails_first, group)) / len(group)
+             for times, group in by_times(rows).items()}
+    return {
+        'Deploy fails first where scales are multiplied by less than 1, and '
+        'nowhere else':
+        all(share == (times < 1) for times, share in first.items()),
+        'Deploy does not notice what the scales are multiplied by':
+        all(row['rescaled'] is not None and row['rescaled'] < SAME
+            for row in controls),
+        "where Eval's learning rate harms Deploy, one of its own undoes that":
+        statistics.mean(own_difference(rows)) > -COMPARABLE,
+        "Tune's losses are Eval's":
+        max(apart('fixed', 'Eval') + apart('learning', 'Eval')) < SAME,
+        'with gamma fixed, Deploy follows Tune with its gradient multiplied':
+        max(apart('fixed', CORRECTED)) < SAME,
+        'without that, Deploy does not': min(apart('fixed', 'Deploy')) > 1e-3,
+        'with gamma learning, it follows only nearly':
+        max(apart('learning', CORRECTED)) > SAME
+    }
+
+
+@drawing(7)
+def plot(found: Row, figure: Figure) -> None:
+    """Draw final losses against learning rates."""
     groups = by_times(summarize(found))
-    figure = Figure(
-        figsize=(8, 1.2 + 2.3 * len(groups)), layout='constrained')
+    figure.set_size_inches(8, 1.2 + 2.3 * len(groups))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    guessing = math.log(len(FINE_TUNED_ON))
-    top = 1.5 * guessing
-    for axes, (by, rows) in zip(panels, groups.items()):
+    top = 1.5 * GUESSING
+    for axes, (times, rows) in zip(panels, groups.items()):
         for index, mode in enumerate(MODES):
-            # What diverges leaves the picture at its upper edge.
-            losses = [
-                statistics.median(
-                    top if loss is None else min(loss, top) for loss in at_lr)
-                for at_lr in zip(*(row['sweep'][mode]['losses']
-                                   for row in rows))
-            ]
+            losses = zip(*(row['sweep'][mode]['losses'] for row in rows))
             axes.plot(
                 found['lrs'],
-                losses, ('-', '--', '-', ':')[index],
+                # What diverges leaves the picture at its upper edge.
+                [statistics.median(top if loss is None else min(loss, top)
+                                   for loss in at_lr) for at_lr in losses],
+                ('-', '--', '-', ':')[index],
                 color=('C0', 'C1', 'C3', 'C2')[index],
                 label=mode)
-        for name, style, place in (('bound for Deploy', '-', 0),
-                                   ('half of channels', '--', -1)):
-            limits = [
-                row['limit']['Tune'] * row['limits'][place] for row in rows
-                if row['limit']['Tune']
-            ]
-            if limits:
-                axes.axvline(
-                    statistics.median(limits),
-                    color='gray',
-                    linestyle=style,
-                    linewidth=1,
-                    label=f"{name}, from Tune's limit")
-        axes.axhline(guessing, color='lightgray', linewidth=1, zorder=0)
+        draw_bounds(axes, rows)
+        axes.axhline(GUESSING, color='lightgray', linewidth=1, zorder=0)
         axes.set(
             xscale='log',
             ylabel='final loss',
             ylim=(0, top),
-            title=f'scales x {by:g}, median {rows[0]["median"]:.2g}')
+            title=f'scales x {times:g}, median {rows[0]["median"]:.2g}')
     panels[-1].set_xlabel('learning rate')
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=3)
-    figure.savefig(path, dpi=120)
+
+
+def draw_bounds(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw what the scales and Tune's limit say of Deploy's."""
+    for name, style, place in (('bound for Deploy', '-', 0),
+                               ('half of channels', '--', -1)):
+        limits = [row['limit']['Tune'] * row['limits'][place] for row in rows
+                  if row['limit']['Tune']]
+        if limits:
+            axes.axvline(
+                statistics.median(limits),
+                color='gray',
+                linestyle=style,
+                linewidth=1,
+                label=f"{name}, from Tune's limit")
+
+
+PAGE = Page(run, figures, claims, plot)

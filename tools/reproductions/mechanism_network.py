@@ -24,14 +24,7 @@ PRETRAIN_LR = 0.05
 
 
 class ResidualBlock(nn.Module):
-    """A basic block of a ResNet.
-
-    Args:
-        in_channels (int): Of the input.
-        out_channels (int): Of the output.
-        stride (int): Of the first convolution and of the shortcut, which
-            has a convolution where this is not 1.
-    """
+    """A basic block of a ResNet; strides in the first convolution."""
 
     def __init__(self, in_channels: int, out_channels: int,
                  stride: int) -> None:
@@ -55,9 +48,6 @@ class ResidualBlock(nn.Module):
 def build_model(classes: int) -> nn.Sequential:
     """Build a ResNet for images of 8 x 8 pixels.
 
-    Args:
-        classes (int): How many there are.
-
     Returns:
         nn.Sequential: Nine convolutions, each with a BatchNorm, and a linear
         layer, the last module, which starts from zero.
@@ -76,11 +66,7 @@ def build_model(classes: int) -> nn.Sequential:
 
 
 def reset_head(model: nn.Sequential) -> None:
-    """Let the last layer know nothing.
-
-    Args:
-        model (nn.Sequential): Is changed.
-    """
+    """Let the last layer know nothing."""
     nn.init.zeros_(model[-1].weight)
     nn.init.zeros_(model[-1].bias)
 
@@ -107,26 +93,13 @@ def load_data(classes: Sequence[int], seed: int) -> list[Tensor]:
     return [data[part] for part in parts for data in (images, labels)]
 
 
-def train(model: nn.Module,
-          images: Tensor,
-          labels: Tensor,
-          steps: int,
-          lr: float,
-          seed: int,
-          weight_decay: float = 0.) -> list[float]:
-    """Train by SGD with momentum.
-
-    Args:
-        model (nn.Module): Is trained, in the mode that it is in.
-        images (Tensor): To draw batches from.
-        labels (Tensor): Of the images.
-        steps (int): How many, fewer where the loss is not finite any more.
-        lr (float): Learning rate.
-        seed (int): Of the batches.
-        weight_decay (float): Defaults to 0.
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int,
+          lr: float, seed: int, weight_decay: float = 0.) -> list[float]:
+    """Train by SGD with momentum, in the mode that a model is in.
 
     Returns:
-        list[float]: The loss of each step; only the last may not be finite.
+        list[float]: The loss of each step; only the last may not be finite:
+        there training stops.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -146,16 +119,7 @@ def train(model: nn.Module,
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Count what is recognised.
-
-    Args:
-        model (nn.Module): In a mode in which BatchNorms are fixed.
-        images (Tensor): To test with.
-        labels (Tensor): Of the images.
-
-    Returns:
-        float: The share.
-    """
+    """Tell the share of images that is recognised."""
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
@@ -181,14 +145,7 @@ def pretrain(seed: int, steps: int) -> tuple[nn.Sequential, float]:
 
 
 def find_scales(model: nn.Module) -> list[BlockScale]:
-    """Compute the scales of a model's blocks.
-
-    Args:
-        model (nn.Module): Stock; is not changed.
-
-    Returns:
-        list[BlockScale]: One for each block.
-    """
+    """Compute the scales of the blocks of a stock model."""
     report = turn_on(copy.deepcopy(model), activations=False)
     return block_scales(model, report)
 
@@ -199,10 +156,6 @@ def multiply_scales(model: nn.Module, times: float) -> None:
 
     In Train mode a weight can be multiplied without any effect, so a
     checkpoint may as well have turned out like this.
-
-    Args:
-        model (nn.Module): Stock; is changed.
-        times (float): What its scales are multiplied by, above 0.
     """
     for scale in find_scales(model):
         conv = model.get_submodule(scale.conv)
@@ -213,11 +166,7 @@ def multiply_scales(model: nn.Module, times: float) -> None:
 
 
 def learn_weights_alone(model: nn.Module) -> None:
-    """Let the convolutions' weights learn, and nothing that has no scale.
-
-    Args:
-        model (nn.Module): Is changed; in any mode.
-    """
+    """Let the convolutions' weights learn, and nothing that has no scale."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -225,15 +174,7 @@ def learn_weights_alone(model: nn.Module) -> None:
 
 
 def put(model: nn.Module, mode: str) -> nn.Module:
-    """Copy a model into a mode.
-
-    Args:
-        model (nn.Module): Stock, in eval mode.
-        mode (str): One of :data:`MODES`.
-
-    Returns:
-        nn.Module: In that mode, with fixed BatchNorms.
-    """
+    """Copy a stock model into one of :data:`MODES`, BatchNorms fixed."""
     scales = find_scales(model)
     model = copy.deepcopy(model)
     put_in_folding_mode(model, mode.split(',')[0])

@@ -3,7 +3,7 @@ import copy
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -26,7 +26,7 @@ from reproductions.mechanism_network import (
     put,
     train,
 )
-from reproductions.pages import track
+from reproductions.page import track
 
 # A run's final loss is the mean of so many steps.
 FINAL_STEPS = 10
@@ -45,11 +45,6 @@ SHARES = (1., 0.9, 0.5)
 
 def describe(times: float, seed: int, pretrain_steps: int) -> dict[str, Any]:
     """Describe a checkpoint by its scales alone.
-
-    Args:
-        times (float): What its scales are multiplied by.
-        seed (int): Of the pretraining.
-        pretrain_steps (int): See :func:`pretrain`.
 
     Returns:
         dict[str, Any]: ``min``, ``median`` and ``max`` of the scales;
@@ -78,15 +73,8 @@ def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
           weights_alone: bool = False) -> dict[str, Any]:
     """Fine-tune on the other five digits, once a learning rate.
 
-    Args:
-        times (float): What the checkpoint's scales are multiplied by.
-        mode (str): One of :data:`MODES`.
-        seed (int): Of pretraining, split and batches.
-        lrs (Sequence[float]): Learning rates.
-        steps (int): Of each run.
-        pretrain_steps (int): See :func:`pretrain`.
-        weights_alone (bool): Whether the head learns first, alone, and then
-            the weights of the convolutions. Defaults to False: all learns.
+    With ``weights_alone`` the head learns first, alone, and then the weights
+    of the convolutions; else all learns.
 
     Returns:
         dict[str, Any]: ``losses`` and ``accuracies``, one a learning rate:
@@ -111,24 +99,13 @@ def sweep(times: float, mode: str, seed: int, lrs: Sequence[float],
         losses.append(
             statistics.mean(path[-FINAL_STEPS:]) if finite else None)
         accuracies.append(accuracy(model, images, labels))
-    return dict(
-        times=times,
-        mode=mode,
-        seed=seed,
-        losses=losses,
-        accuracies=accuracies)
+    return dict(times=times, mode=mode, seed=seed, losses=losses,
+                accuracies=accuracies)
 
 
 def control(times: float, seed: int, lr: float, steps: int,
             pretrain_steps: int) -> dict[str, Any]:
     """Compare runs in float64 that should, or should not, be the same.
-
-    Args:
-        times (float): What the checkpoint's scales are multiplied by.
-        seed (int): Of pretraining, split and batches.
-        lr (float): Learning rate.
-        steps (int): Of each run.
-        pretrain_steps (int): See :func:`pretrain`.
 
     Returns:
         dict[str, Any]: ``function``, by how much multiplying the scales
@@ -179,16 +156,7 @@ def control(times: float, seed: int, lr: float, steps: int,
 
 def largest_difference(losses: Sequence[float],
                        others: Sequence[float]) -> float | None:
-    """Compare two loss curves.
-
-    Args:
-        losses (Sequence[float]): A loss a step.
-        others (Sequence[float]): The same of another run.
-
-    Returns:
-        float | None: The largest absolute difference; None where one of them
-        became infinite.
-    """
+    """Compare two loss curves; None where one became infinite."""
     if not all(map(math.isfinite, [*losses, *others])):
         return None
     return max(abs(a - b) for a, b in zip(losses, others))
@@ -219,43 +187,33 @@ def run(times: Sequence[float] = TIMES,
         :func:`control`.
     """
     with processes() as workers:
-        pretrained = [
-            workers.submit(pretrained_accuracy, seed, pretrain_steps)
-            for seed in seeds
-        ]
-        described = [
-            workers.submit(describe, *task, pretrain_steps)
-            for task in product(times, seeds)
-        ]
-        sweeps = [
-            workers.submit(sweep, *task, lrs, steps, pretrain_steps)
-            for task in product(times, MODES, seeds)
-        ]
-        alone = [
-            workers.submit(sweep, *task, alone_lrs, steps, pretrain_steps,
-                           weights_alone=True)
-            for task in product(times, ALONE_MODES, seeds)
-        ]
-        controls = [
-            workers.submit(control, by, seed, control_lr / by, steps,
-                           pretrain_steps)
-            for by, seed in product(times, seeds)
-        ]
+
+        def each(function: Callable, tasks: Iterable[tuple], what: str,
+                 *more: object) -> Callable[[], list]:
+            futures = [workers.submit(function, *task, *more)
+                       for task in tasks]
+            return lambda: [future.result() for future in
+                            track(futures, what)]
+
+        # All begin before one is waited for.
+        pretrained = each(pretrained_accuracy, product(seeds), 'Pretrain',
+                          pretrain_steps)
+        scales = each(describe, product(times, seeds), 'Describe',
+                      pretrain_steps)
+        sweeps = each(sweep, product(times, MODES, seeds), 'Sweep', lrs,
+                      steps, pretrain_steps)
+        alone = each(sweep, product(times, ALONE_MODES, seeds),
+                     'Sweep, weights alone', alone_lrs, steps, pretrain_steps,
+                     True)
+        controls = each(
+            control, ((by, seed, control_lr / by) for by, seed in
+                      product(times, seeds)), 'Control', steps,
+            pretrain_steps)
         return dict(
-            lrs=list(lrs),
-            steps=steps,
-            pretrained=[future.result() for future in pretrained],
-            scales=[future.result() for future in described],
-            sweeps=[future.result() for future in track(sweeps, 'Sweep')],
-            alone=dict(
-                lrs=list(alone_lrs),
-                sweeps=[
-                    future.result()
-                    for future in track(alone, 'Sweep, weights alone')
-                ]),
-            controls=[
-                future.result() for future in track(controls, 'Control')
-            ])
+            lrs=list(lrs), steps=steps, pretrained=pretrained(),
+            scales=scales(), sweeps=sweeps(),
+            alone=dict(lrs=list(alone_lrs), sweeps=alone()),
+            controls=controls())
 
 
 def pretrained_accuracy(seed: int, steps: int) -> float:

@@ -2,7 +2,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,7 @@ from mmtune import turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.analysis.steps import difference
 from mmtune.api import latest_runs
-from reproductions.pages import mib, paragraph, table, track
-
-TITLE = 'Other normalizations'
-OF_PAPER = 'left open'
-QUESTION = paragraph("""
-    The paper folds BatchNorm in eval mode into the convolution before it, and
-    leaves other normalizations as an open question. Which of them can be
-    folded, which cannot, and why?
-    """)
+from reproductions.page import MIB, Page, drawing, mib, table, track
 
 CHANNELS = 32
 # Of an error in float64 that is rounding.
@@ -94,22 +85,6 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class Case(NamedTuple):
-    """A convolution and a normalization.
-
-    Attributes:
-        conv (Callable): Gives the convolution.
-        norm (Callable): Gives the normalization of a number of channels.
-        training (bool): Whether it is in train mode.
-        statistics (str): What it normalizes by.
-    """
-
-    conv: Callable[[], nn.Module]
-    norm: Callable[[int], nn.Module]
-    training: bool
-    statistics: str
-
-
 def conv(kind: type = nn.Conv2d) -> nn.Module:
     return kind(CHANNELS, CHANNELS, 3, padding=1, bias=False)
 
@@ -118,37 +93,53 @@ def weight_norm_conv() -> nn.Module:
     return parametrizations.weight_norm(conv())
 
 
-RUNNING, BATCH, SAMPLE = ('running', 'of the batch', 'of the sample')
-tracking = partial(
-    nn.InstanceNorm2d, affine=True, track_running_stats=True)
+# What a normalization normalizes by.
+RUNNING, BATCH, SAMPLE, PIXEL = ('running', 'of the batch', 'of the sample',
+                                 'of the pixel')
+
+
+class Case(NamedTuple):
+    """A convolution and a normalization.
+
+    Attributes:
+        norm (Callable): Gives the normalization of a number of channels.
+        statistics (str): What it normalizes by.
+        training (bool): Whether it is in train mode.
+        conv (Callable): Gives the convolution.
+    """
+
+    norm: Callable[[int], nn.Module]
+    statistics: str = RUNNING
+    training: bool = False
+    conv: Callable[[], nn.Module] = conv
+
+
+instance_norm = partial(nn.InstanceNorm2d, affine=True)
+tracking = partial(instance_norm, track_running_stats=True)
+group_norm = partial(nn.GroupNorm, 8)
+standardized, affine_standardized = (
+    partial(conv, kind) for kind in (ConvWS2d, ConvAWS2d))
 CASES = {
-    'BatchNorm, eval': Case(conv, nn.BatchNorm2d, False, RUNNING),
-    'BatchNorm, train': Case(conv, nn.BatchNorm2d, True, BATCH),
-    'SyncBatchNorm, eval': Case(conv, nn.SyncBatchNorm, False, RUNNING),
-    'FrozenBatchNorm': Case(conv, FrozenBatchNorm2d, True, RUNNING),
-    'InstanceNorm with running statistics, eval': Case(
-        conv, tracking, False, RUNNING),
+    'BatchNorm, eval': Case(nn.BatchNorm2d),
+    'BatchNorm, train': Case(nn.BatchNorm2d, BATCH, training=True),
+    'SyncBatchNorm, eval': Case(nn.SyncBatchNorm),
+    'FrozenBatchNorm': Case(FrozenBatchNorm2d, training=True),
+    'InstanceNorm with running statistics, eval': Case(tracking),
     'InstanceNorm with running statistics, train': Case(
-        conv, tracking, True, SAMPLE),
-    'InstanceNorm': Case(
-        conv, partial(nn.InstanceNorm2d, affine=True), False, SAMPLE),
-    'GroupNorm': Case(conv, partial(nn.GroupNorm, 8), False, SAMPLE),
-    'LayerNorm': Case(conv, LayerNorm2d, False, 'of the pixel'),
-    'LocalResponseNorm': Case(
-        conv, lambda channels: nn.LocalResponseNorm(5), False,
-        'of the pixel'),
-    'batch renormalization, eval': Case(conv, BatchRenorm2d, False, RUNNING),
-    'batch renormalization, train': Case(
-        conv, BatchRenorm2d, True, 'of the batch'),
-    'whitening, eval': Case(conv, Whitening2d, False, RUNNING),
-    'ConvWS + BatchNorm, eval': Case(
-        partial(conv, ConvWS2d), nn.BatchNorm2d, False, RUNNING),
+        tracking, SAMPLE, training=True),
+    'InstanceNorm': Case(instance_norm, SAMPLE),
+    'GroupNorm': Case(group_norm, SAMPLE),
+    'LayerNorm': Case(LayerNorm2d, PIXEL),
+    'LocalResponseNorm': Case(lambda _: nn.LocalResponseNorm(5), PIXEL),
+    'batch renormalization, eval': Case(BatchRenorm2d),
+    'batch renormalization, train': Case(BatchRenorm2d, BATCH, training=True),
+    'whitening, eval': Case(Whitening2d),
+    'ConvWS + BatchNorm, eval': Case(nn.BatchNorm2d, conv=standardized),
     'ConvAWS + BatchNorm, eval': Case(
-        partial(conv, ConvAWS2d), nn.BatchNorm2d, False, RUNNING),
+        nn.BatchNorm2d, conv=affine_standardized),
     'weight_norm + BatchNorm, eval': Case(
-        weight_norm_conv, nn.BatchNorm2d, False, RUNNING),
-    'ConvWS + GroupNorm': Case(
-        partial(conv, ConvWS2d), partial(nn.GroupNorm, 8), False, SAMPLE),
+        nn.BatchNorm2d, conv=weight_norm_conv),
+    'ConvWS + GroupNorm': Case(group_norm, SAMPLE, conv=standardized),
 }
 
 
@@ -157,12 +148,6 @@ def make_blocks(case: Case) -> nn.Sequential:
 
     Without the second there would be nothing to turn on where the first
     cannot be.
-
-    Args:
-        case (Case): What the first consists of.
-
-    Returns:
-        nn.Sequential: Two of them, to be called by themselves.
     """
     torch.manual_seed(0)
     blocks = nn.Sequential(
@@ -179,9 +164,6 @@ def make_blocks(case: Case) -> nn.Sequential:
 @torch.no_grad()
 def departures(norm: nn.Module) -> dict[str, float]:
     """Test in float64 whether a normalization is one fixed function.
-
-    Args:
-        norm (nn.Module): The normalization.
 
     Returns:
         dict[str, float]: ``per_channel``: how far the output for random
@@ -234,15 +216,7 @@ def kept(block: nn.Module, x: Tensor) -> int:
 
 
 def measure(case: Case, size: int) -> dict[str, Any]:
-    """Find out everything about one case.
-
-    Args:
-        case (Case): The block.
-        size (int): Height and width of the maps.
-
-    Returns:
-        dict: Plain data.
-    """
+    """Find out everything about one case."""
     stock = make_blocks(case)
     tuned = copy.deepcopy(stock)
     report = turn_on(tuned, activations=False)
@@ -282,31 +256,18 @@ def run(size: int = 64, names: Sequence[str] = tuple(CASES)) -> dict:
         })
 
 
-# ----------------------------------------------------------------------------
-# Page
-# ----------------------------------------------------------------------------
+def can_be_folded(row: dict) -> bool:
+    """Tell whether it is one scale and one shift of each channel."""
+    return row['per_channel'] <= TOLERANCE
 
 
 def kind_of(row: dict) -> str:
     """What the measurement says of a normalization."""
-    if row['per_channel'] <= TOLERANCE:
+    if can_be_folded(row):
         return 'a scale and a shift of each channel'
     if row['affine'] <= TOLERANCE:
         return 'affine, across channels'
     return 'depends on its input'
-
-
-def answer(found: dict) -> str:
-    """Say in a sentence what came out."""
-    rows = found['rows']
-    can = sum(row['per_channel'] <= TOLERANCE for row in rows.values())
-    fused = [row for row in rows.values()
-             if row['ran'] == 'fused' and row['per_channel'] <= TOLERANCE]
-    less = sum(map(keeps_less, fused))
-    return (f'{can} of {len(rows)} cases are a scale and a shift of each '
-            'channel that do not depend on the input, which is what a fold '
-            f'takes; mmtune folds {len(fused)} of them, and {less} then keep '
-            'less for backward.')
 
 
 def keeps_less(row: dict) -> bool:
@@ -314,125 +275,70 @@ def keeps_less(row: dict) -> bool:
     return row['kept']['Tune'] < .95 * row['kept']['Eval']
 
 
-def page(found: dict) -> str:
-    """Write the page."""
+def figures(found: dict) -> dict[str, object]:
+    """Write what the page shows."""
+    rows = [dict(row, name=name) for name, row in found['rows'].items()]
+    folded = [row for row in rows if row['ran'] == 'fused']
+    return dict(
+        can=sum(map(can_be_folded, rows)),
+        cases=len(rows),
+        folded=len(folded),
+        less=sum(map(keeps_less, folded)),
+        channels=CHANNELS,
+        maps=f'2 x {CHANNELS} x {found["size"]} x {found["size"]}',
+        functions=table(rows, {
+            'normalization': lambda row: row['name'],
+            'statistics': lambda row: row['statistics'],
+            'from a, b': lambda row: f'{row["per_channel"]:.0e}',
+            'from affine': lambda row: f'{row["affine"]:.0e}',
+            'so it is': kind_of
+        }),
+        blocks=table(rows, {
+            'normalization': lambda row: row['name'],
+            'stock': lambda row: mib(row['kept']['Eval']),
+            'Tune': lambda row: mib(row['kept']['Tune']),
+            'ran': lambda row: row['ran'],
+            'difference': lambda row: f'{row["error"]:.0e}',
+            'reason': lambda row: row['reason']
+        }))
+
+
+def claims(found: dict) -> dict[str, bool]:
+    """Tell what the page says, and whether it is so."""
     rows = found['rows']
-    parts = [
-        paragraph("""
-        A normalization can be folded into the convolution before it where its
-        output is `a * y + b`, with numbers `a` and `b` of each channel that do
-        not depend on `y`: then `a * (w * x) + b` is a convolution by `a * w`.
-        So for each normalization, `a` and `b` are found from two random
-        inputs, and the output for a third is compared with what they say
-        (*from a, b*), in float64. A weaker property is tested by itself:
-        whether a mixture of inputs gives the mixture of the outputs (*from
-        affine*). Both are relative to the output.
-        """),
-        table(['normalization', 'statistics', 'from a, b', 'from affine',
-               'so it is'],
-              [[
-                  name, row['statistics'], f'{row["per_channel"]:.0e}',
-                  f'{row["affine"]:.0e}', kind_of(row)
-              ] for name, row in rows.items()]),
-        '## What mmtune does',
-        paragraph(f"""
-        Each follows a 3 x 3 convolution of {CHANNELS} channels without bias,
-        on 2 x {CHANNELS} x {found["size"]} x {found["size"]}. Kept for
-        backward by the block in float32, in MiB, as stock and after
-        `turn_on`; and how far output and gradients are from stock in float64.
-        """),
-        table(['normalization', 'stock', 'Tune', 'ran', 'difference',
-               'reason'],
-              [[
-                  name,
-                  mib(row['kept']['Eval']),
-                  mib(row['kept']['Tune']), row['ran'],
-                  f'{row["error"]:.0e}', row['reason']
-              ] for name, row in rows.items()]),
-        paragraph(verdict(rows)),
-        '## Why not the others',
-        paragraph("""
-        Where the statistics are those of the input at hand (a batch, a
-        sample, a pixel), `a` and `b` are functions of `y`. There is no
-        weight to fold before the convolution has run, and the gradient has
-        terms through the statistics, in which `y` stands itself: the slope
-        for one input is not that for another. That `y` could be computed a
-        second time from what the convolution keeps, as an activation
-        checkpoint does, is true of any layer, and costs the convolution
-        again.
-        """),
-        paragraph("""
-        A normalization of the weight (weight standardization, weight norm) is
-        no obstacle: it gives another weight, which does not depend on the
-        input, and the fold takes that. What decides is the normalization
-        after the convolution: with BatchNorm in eval mode it is folded, with
-        GroupNorm it is not.
-        """),
-        paragraph("""
-        Whitening by running statistics is a fixed matrix across channels.
-        It could be folded by a product of matrices, `w' = M w`, in place of
-        one number per channel; mmtune does not.
-        """),
-        paragraph("""
-        So, of the cases tried, a fold is possible where the statistics are
-        fixed and each channel is normalized by itself. That does not say
-        whether a network may be trained with fixed statistics: that is for
-        accuracy to tell. It has been told for BatchNorm in fine-tuning only.
-        """),
-        '## Not run here',
-        paragraph("""
-        Training with any of these: whether InstanceNorm or batch
-        renormalization fine-tune well with running statistics.
-        SyncBatchNorm in train mode, which needs several processes and is
-        BatchNorm over all of them.
-        """)
-    ]
-    return '\n\n'.join(parts)
+    can = {name for name, row in rows.items() if can_be_folded(row)}
+    folded = {name for name, row in rows.items() if row['ran'] == 'fused'}
+    return {
+        'mmtune folds all that can be folded': can <= folded,
+        'mmtune folds nothing else': folded <= can,
+        'all results are those of stock':
+        all(row['error'] <= TOLERANCE for row in rows.values()),
+        'what is left alone keeps as much as before':
+        all(row['kept']['Tune'] == row['kept']['Eval']
+            for name, row in rows.items() if name not in folded),
+        'of what is folded, FrozenBatchNorm alone keeps as much as before':
+        [name for name in rows if name in folded
+         and not keeps_less(rows[name])] == ['FrozenBatchNorm'],
+        'a normalization of the weight is no obstacle':
+        all(name in folded for name in rows if '+ BatchNorm, eval' in name),
+        'what is fixed, and of each channel by itself, can be folded':
+        can == {name for name, row in rows.items()
+                if row['statistics'] == RUNNING} - {'whitening, eval'},
+        'whitening is a fixed matrix across channels':
+        kind_of(rows['whitening, eval']).startswith('affine')
+    }
 
 
-def verdict(rows: dict[str, dict]) -> str:
-    """Compare what can be folded with what is."""
-    can = [name for name, row in rows.items()
-           if row['per_channel'] <= TOLERANCE]
-    fused = [name for name, row in rows.items() if row['ran'] == 'fused']
-    wrong = [name for name, row in rows.items() if row['error'] > TOLERANCE]
-    missed = [name for name in can if name not in fused]
-    text = f"""{len(can)} of {len(rows)} are a scale and a shift of each
-        channel. mmtune folds {len(fused)}"""
-    if set(fused) <= set(can):
-        text += ', all among them'
-    else:
-        text += (', some that it must not: '
-                 + ', '.join(n for n in fused if n not in can))
-    text += '. '
-    if missed:
-        text += f"""Not folded though it could be: {", ".join(missed)}. A class
-            that mmtune does not know, and that computes by code of its own, is
-            never folded on the strength of what it seems to do. """
-    text += ('The results differ from stock beyond rounding for '
-             + ', '.join(wrong) + '.' if wrong else
-             'The results are those of stock for all of them.')
-    changed = [name for name, row in rows.items() if name not in fused
-               and row['kept']['Eval'] != row['kept']['Tune']]
-    text += (' What is left alone keeps as much as before.' if not changed else
-             f' What {", ".join(changed)} keeps has changed all the same.')
-    same = [name for name in fused if not keeps_less(rows[name])]
-    if same:
-        text += f""" Folded, {", ".join(same)} keeps as much as before too: as
-            a product with fixed numbers, it keeps no map of its own."""
-    return text
-
-
-def plot(found: dict, path: Path) -> None:
-    """Plot what each block keeps for backward."""
+@drawing(7)
+def plot(found: dict, figure: Figure) -> None:
+    """Draw what each block keeps for backward."""
     rows = found['rows']
-    figure = Figure(
-        figsize=(8, 1.5 + .35 * len(rows)), layout='constrained')
+    figure.set_size_inches(8, 1.5 + .35 * len(rows))
     axes = figure.subplots()
     for offset, mode, color in ((-.2, 'Eval', 'tab:gray'),
                                 (.2, 'Tune', 'tab:green')):
         axes.barh([i + offset for i in range(len(rows))],
-                  [row['kept'][mode] / 2**20 for row in rows.values()],
+                  [row['kept'][mode] / MIB for row in rows.values()],
                   .4,
                   color=color,
                   label='stock' if mode == 'Eval' else 'Tune')
@@ -440,4 +346,6 @@ def plot(found: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel='kept for backward by convolution and normalization, MiB')
     figure.legend(loc='outside upper right', ncols=2)
-    figure.savefig(path, dpi=120)
+
+
+PAGE = Page(run, figures, claims, plot)

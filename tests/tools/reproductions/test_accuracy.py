@@ -8,7 +8,7 @@ import mmcv
 import pytest
 from reproductions import accuracy
 
-from tests.tools.synthetic import fill, shorten
+from tests.tools.synthetic import doubted, fill, filled, in_turn, shorten
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,14 +30,11 @@ def made_up(maps=None, tune_apart=0.1, threads_apart=0.1, seeds=(0, 1, 2)):
         runs=[*runs, one(accuracy.OTHER_THREADS, seeds[0], 0.105)])
 
 
-def say(found):
-    return ' '.join(accuracy.page(found).split())
-
-
 def test_each_mode_is_what_its_name_says():
     configs = {
-        training.mode: (training, training.load_config())
-        for training in accuracy.list_trainings(list(accuracy.MODES), (5, ))
+        mode: (training, training.load_config())
+        for mode in (*accuracy.MODES, accuracy.OTHER_THREADS)
+        for training in [accuracy.Training(mode, 5)]
     }
     for mode, (training, config) in configs.items():
         backbone = config.model.backbone
@@ -70,18 +67,18 @@ def test_final_loss(losses, expected):
     assert accuracy.final_loss(losses) == expected
 
 
-def test_a_mode_that_was_not_run_is_named():
+def test_a_mode_that_was_not_run_is_noticed():
     found = made_up()
-    assert 'runs by now' not in say(found)
+    assert 'all modes were run' not in doubted('accuracy', found)
     found['runs'] = [run for run in found['runs']
                      if run['mode'] != 'Eval, from scratch']
-    assert '## Not run here "Eval, from scratch", which the' in say(found)
+    assert doubted('accuracy', found) == ['all modes were run']
 
 
 def test_table():
-    text = accuracy.page(made_up())
+    text = filled('accuracy', made_up())
     assert '| Tune | 0.110 ± 0.010 | 0.330 ± 0.030 |' in text
-    assert '| Eval | 0.110 ± 0.010 | 0.330 ± 0.030 | 1.000 ± 0.000 |  |' in (
+    assert '| Eval | 0.110 ± 0.010 | 0.330 ± 0.030 | 1.000 ± 0.000 | |' in (
         text)
 
 
@@ -89,45 +86,47 @@ def test_paired_interval():
     """Worked by hand: mean -3, standard error 1 / sqrt(3), t(2) = 4.3027."""
     by_mode = accuracy.group(
         made_up(dict(Tune=[1, 2, 3], Eval=[5, 5, 5]))['runs'])
-    mean, interval = accuracy.compare(by_mode, 'Tune', 'Eval')
-    assert mean == -3
+    found = accuracy.compare(by_mode, 'Tune', 'Eval')
+    assert found.mean == -3
     reach = 4.302653 / math.sqrt(3)
-    assert interval == pytest.approx((-3 - reach, -3 + reach), rel=1e-6)
+    assert found.interval == pytest.approx((-3 - reach, -3 + reach), rel=1e-6)
 
 
 @pytest.mark.parametrize('tune, says', [
-    ([0.11, 0.13, 0.12],
-     '+0.010 (+0.010 to +0.010) mAP, which is more than chance'),
-    ([0.11, 0.12, 0.13],
-     '+0.010 (-0.015 to +0.035) mAP, which these runs cannot tell from none'),
-    ([0.31, 0.32, 0.33], '+0.210 (+0.185 to +0.235) mAP, which is more'),
-    ([0.1, 0.12, 0.11], '+0.000 mAP, of which these runs cannot say'),
+    ([0.11, 0.13, 0.12], '+0.010 (+0.010 to +0.010) | yes |'),
+    ([0.11, 0.12, 0.13], '+0.010 (-0.015 to +0.035) | not known |'),
+    ([0.31, 0.32, 0.33], '+0.210 (+0.185 to +0.235) | yes |'),
+    ([0.1, 0.12, 0.11], '+0.000 | not known |'),
 ])
 def test_what_the_page_says_of_accuracies(tune, says):
-    text = say(made_up(dict(Tune=tune)))
-    assert f'**Tune** against Eval: {says}' in text
+    found = made_up(dict(Tune=tune))
+    assert f'| Tune | Eval | {says}' in filled('accuracy', found)
+    assert ('yes' in says) == (
+        'these runs cannot tell Tune, nor Deploy, from Eval' in doubted(
+            'accuracy', found))
 
 
-def test_modes_that_learn_nothing_test_nothing():
-    found = made_up({mode: [0.001, 0.002, 0.001] for mode in accuracy.MODES
-                     if 'scratch' in mode})
-    assert say(found).count('Neither learns to detect') == 1
-    assert '**Eval, from scratch** against Train, from scratch: +0.000' in (
-        say(found))
-    assert 'Neither learns' not in say(made_up())
+def test_modes_that_learn_from_scratch_are_noticed():
+    claim = 'neither mode learns to detect from scratch'
+    assert claim in doubted('accuracy', made_up())
+    assert claim not in doubted('accuracy', made_up({
+        mode: [0.001, 0.002, 0.001] for mode in accuracy.MODES
+        if 'scratch' in mode}))
 
 
 def test_one_seed_tells_nothing():
-    assert 'these runs cannot say' in say(made_up(seeds=(3, )))
+    text = filled('accuracy', made_up(seeds=(3, )))
+    assert '| yes |' not in text and text.count('| not known |') == 5
 
 
-@pytest.mark.parametrize('tune, threads, says', [
-    (0.1, 0.1, 'about as far apart as'),
-    (0.1, 0.001, 'farther apart than'),
-    (0.001, 0.1, 'less far apart than'),
+@pytest.mark.parametrize('tune, threads, alike', [
+    (0.1, 0.1, True), (0.1, 0.001, False), (0.001, 0.1, False)
 ])
-def test_what_the_page_says_of_rounding(tune, threads, says):
-    assert says in say(made_up(tune_apart=tune, threads_apart=threads))
+def test_what_the_page_says_of_rounding(tune, threads, alike):
+    found = made_up(tune_apart=tune, threads_apart=threads)
+    assert f'({tune / threads:.2g} times, by' in filled('accuracy', found)
+    assert alike == (not any('as thread counts' in claim
+                             for claim in doubted('accuracy', found)))
 
 
 def test_a_run_that_diverges_is_shown(tmp_path):
@@ -135,9 +134,9 @@ def test_a_run_that_diverges_is_shown(tmp_path):
     for run in found['runs']:
         if run['mode'] in ('Deploy', accuracy.OTHER_THREADS):
             run['losses'][-1] = None
-    text = say(found)
-    assert 'not finite in 3 runs' in text
-    assert 'cannot be compared' in text
+    text = filled('accuracy', found)
+    assert 'not finite in 3 runs' in text and '(nan times' in text
+    assert 'all losses are finite' in doubted('accuracy', found)
     accuracy.plot(found, tmp_path / 'plot.png')
 
 
@@ -158,39 +157,36 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_run(place, monkeypatch, capsys):
+def test_run(place, monkeypatch):
+    monkeypatch.setattr(accuracy, 'in_processes', in_turn)
     monkeypatch.setattr(accuracy, 'describe_commit', lambda folder: 'abc')
-    modes = ('Eval', 'Tune', 'Deploy')
+    modes = ('Eval', 'Tune')
     found = accuracy.run(modes, seeds=(0, ))
-    shown = capsys.readouterr().out
-    assert 'Deploy, seed 0: finished' in shown
     found = json.loads(json.dumps(found, allow_nan=False))
     assert [run['mode'] for run in found['runs']] == [
         *modes, accuracy.OTHER_THREADS
     ]
     assert all(len(run['losses']) == 2 for run in found['runs'])
     first = [run['losses'][0] for run in found['runs']]
-    assert first == pytest.approx([first[0]] * 4, rel=1e-4)
-    assert '## Not run here' in accuracy.page(found)
+    assert first == pytest.approx([first[0]] * 3, rel=1e-4)
+    assert 'over 1 seeds' in filled('accuracy', found)
 
     # A second time everything is reused ...
-    start = accuracy.Training.start
-    monkeypatch.setattr(accuracy.Training, 'start', None)
+    command = accuracy.Training.command
+    monkeypatch.setattr(accuracy.Training, 'command', None)
     assert accuracy.run(modes, seeds=(0, )) == found
     # ... but what was lost is made anew.
     started = []
     monkeypatch.setattr(
-        accuracy.Training, 'start',
-        lambda training: started.append(training.mode) or start(training))
+        accuracy.Training, 'command',
+        lambda training: started.append(training.mode) or command(training))
     (accuracy.WORK_DIR / 'tune_seed-0/run.json').unlink()
     accuracy.run(modes, seeds=(0, ))
     assert started == ['Tune']
     # So is all that other code has made, or code that nobody knows.
+    assert accuracy.Training('Eval', 0).is_finished('abc')
     for commit in ('def', 'abc-dirty', None):
-        monkeypatch.setattr(accuracy, 'describe_commit',
-                            lambda _, commit=commit: commit)
-        trainer = accuracy.Trainer(accuracy.list_trainings(modes, (0, )))
-        assert not any(trainer.is_finished(*job) for job in trainer.jobs)
+        assert not accuracy.Training('Eval', 0).is_finished(commit)
 
 
 @pytest.mark.slow
@@ -198,8 +194,8 @@ def test_a_run_that_fails_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tmp_path / 'wrong.py'
     config.write_text('train_cfg = dict(max_iters=2)\nmodel = dict()\n')
-    training = accuracy.Training(
-        'Eval', 0, config, {'randomness.seed': 0})
-    with pytest.raises(RuntimeError, match='(?s)Eval, seed 0 failed.*Error'):
-        accuracy.Trainer([training]).run()
+    monkeypatch.setitem(demo.MODES, 'Eval', config)
+    training = accuracy.Training(accuracy.OTHER_THREADS, 0)
+    with pytest.raises(RuntimeError, match='(?s)eval_two-threads.*Error'):
+        accuracy.train(training, 'abc')
     assert not (training.folder / 'run.json').exists()

@@ -10,7 +10,7 @@ from mmengine.fileio import load
 from reproductions import classification
 
 from mmtune.analysis.modes import MODES
-from tests.tools.synthetic import in_turn
+from tests.tools.synthetic import doubted, filled, in_turn
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,10 +51,6 @@ def with_accuracy(found, accuracies):
     return found
 
 
-def section(text, title):
-    return ' '.join(text.split(f'## {title}\n')[1].split('\n## ')[0].split())
-
-
 def test_each_mode_is_run_with_each_seed_and_rate(found):
     runs = [(run['mode'], run['lr'], run['seed']) for run in found['runs']]
     expected = itertools.product(('Train', 'Eval', 'Tune'), (1e-4, 1e-3),
@@ -91,12 +87,15 @@ def test_count_grows_by_the_feature_maps_alone():
 
 
 def test_page_quotes_the_script_and_the_paper(found):
-    page = classification.page(found)
-    assert (ROOT / 'tools/finetune_digits.py').read_text() in page
+    values = classification.figures(found)
+    script = (ROOT / 'tools/finetune_digits.py').read_text()
+    assert values['script'] == f'```python\n{script}```'
+    text = filled('classification', found)
     assert '| CUB-200 | 83.07 | 83.20 | 19967 | 12323 | -38.3% | 0.877 |' in (
-        page)
+        text)
+    commands = text.split('## Not run here')[1]
     for config in (ROOT / 'configs/resnet').glob('*.py'):
-        assert str(config.relative_to(ROOT)) in section(page, 'Not run here')
+        assert str(config.relative_to(ROOT)) in commands
 
 
 def test_page_compares_the_best_rate_of_each_mode(found):
@@ -104,58 +103,60 @@ def test_page_compares_the_best_rate_of_each_mode(found):
         ('Train', 1e-4): .5, ('Eval', 1e-4): .9, ('Tune', 1e-4): .9,
         ('Train', 1e-3): .9, ('Eval', 1e-3): .1, ('Tune', 1e-3): .1}
     found = with_accuracy(found, accuracies)
-    text = section(classification.page(found), 'Accuracy')
-    assert ('Tune at its best learning rate (0.0001) less Train at its own '
-            '(0.001): +0.000, of which these runs cannot say') in text
-    assert 'learning rate of Train, Eval, Tune is the smallest' in text
+    text = filled('classification', found)
+    assert 'Tune less Train at its own (0.001): +0.000. These' in text
+    same = 'these runs cannot tell Tune from Eval, nor from Train'
+    assert same not in doubted('classification', found)
     runs = [run for run in found['runs'] if run['mode'] == 'Tune']
     for run in runs:
         run['accuracy'] -= (.2, .201)[run['seed']]
-    text = section(classification.page(found), 'Accuracy')
+    text = filled('classification', found)
     # t(1) = 12.706, the standard error is 0.0005.
-    assert ('less Eval at its own (0.0001): -0.201 (-0.207 to -0.194), which '
-            'is more than chance') in text
+    assert 'less Eval at its own (0.0001): -0.201 (-0.207 to -0.194).' in text
+    assert same in doubted('classification', found)
 
 
-@pytest.mark.parametrize('lrs, said', [
-    ((1e-5, 1e-4, 1e-3), ''),
-    ((1e-4, 1e-3), 'The best learning rate of Train is the smallest'),
+@pytest.mark.parametrize('lrs, holds', [
+    ((1e-5, 1e-4, 1e-3), True), ((1e-4, 1e-3), False)
 ])
-def test_page_says_where_a_best_rate_is_at_the_edge(lrs, said):
-    best = dict(Train=1e-4)
-    assert classification._edges(dict(lrs=lrs), best).startswith(said)
-    assert bool(classification._edges(dict(lrs=lrs), best)) == bool(said)
+def test_best_rates_at_the_edge_are_noticed(lrs, holds):
+    best = {'Train': max(lrs), 'Eval': 1e-4, 'Tune': 1e-4}
+    found = dict(lrs=lrs, counts=[], runs=[
+        dict(mode=mode, lr=lr, seed=0, accuracy=float(lr == rate))
+        for mode, rate in best.items() for lr in lrs])
+    assert holds == (not any('at the edge' in claim for claim in doubted(
+        'classification', found)))
 
 
 def test_page_says_where_fixed_statistics_fail(found):
     failed = with_accuracy(found, {('Train', 1e-3): .9, ('Eval', 1e-3): .1,
                                    ('Tune', 1e-3): .1})
-    text = section(classification.page(failed), 'Accuracy')
-    assert 'At a learning rate of 0.001 Train mode learns while' in text
+    text = filled('classification', failed)
+    assert 'Train mode learns while Eval and Tune do not: 0.001.' in text
     learned = with_accuracy(failed, {('Tune', 1e-3): .9, ('Eval', 1e-3): .9})
-    text = section(classification.page(learned), 'Accuracy')
-    assert 'At no learning rate tried' in text
+    assert 'at some learning rate Train alone learns' in doubted(
+        'classification', learned)
 
 
-@pytest.mark.parametrize('share, other, text', [
-    (.62, .62, 'saves 38% of it, which is within 5 points of what the paper'),
-    (.5, .5, 'Another size would not explain it: at 8 x 3 x 224 x 224'),
-    (.5, .62, 'Another size could explain it'),
+@pytest.mark.parametrize('share, other, holds', [
+    (.62, .62, False), (.5, .5, True), (.5, .62, False)
 ])
-def test_page_judges_the_memory_saved(found, share, other, text):
+def test_page_judges_the_memory_saved(found, share, other, holds):
     found = copy.deepcopy(found)
     for count, kept in zip(found['counts'], (share, other)):
         count['peak']['MMEngine'] = kept * count['peak']['Train']
-    text_found = section(classification.page(found), 'Table 3 of the paper')
-    assert text in text_found
-    assert ('Another size' in text_found) == (share == .5)
+    text = filled('classification', found)
+    assert f'saves {1 - share:.0%} of it' in text
+    assert f'{1 - other:.0%} at 8 x 3 x 224 x 224' in text
+    assert holds == (not any('at any size' in claim for claim in doubted(
+        'classification', found)))
 
 
 def test_single_seed_is_not_judged(found):
     found = copy.deepcopy(found)
     found['runs'] = [run for run in found['runs'] if run['seed'] == 0]
-    assert 'these runs cannot say how sure' in section(
-        classification.page(found), 'Accuracy')
+    assert not any('cannot tell' in claim for claim in doubted(
+        'classification', found))
 
 
 def test_plot(found, tmp_path):

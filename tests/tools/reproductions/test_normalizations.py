@@ -8,6 +8,8 @@ import torch
 from reproductions import normalizations
 from torch import nn
 
+from tests.tools.synthetic import doubted, filled
+
 
 @pytest.fixture(scope='module')
 def found():
@@ -86,20 +88,20 @@ def test_batch_renormalization():
 
 
 def test_page(found):
-    text = ' '.join(normalizations.page(found).split())
-    assert '8 of 17 are a scale and a shift' in text
-    assert 'though it could be' not in text
-    assert 'those of stock for all of them' in text
-    assert 'keeps as much as before.' in text
+    text = filled('normalizations', found)
+    assert '8 of 17 cases are a scale and a shift' in text
+    assert doubted('normalizations', found) == []
 
 
 def test_page_says_what_is_wrong(found):
     changed = copy.deepcopy(found)
     changed['rows']['BatchNorm, eval']['error'] = .1
     changed['rows']['GroupNorm']['ran'] = 'fused'
-    text = ' '.join(normalizations.page(changed).split())
-    assert 'beyond rounding for BatchNorm, eval.' in text
-    assert 'that it must not: GroupNorm' in text
+    wrong = doubted('normalizations', changed)
+    assert 'mmtune folds nothing else' in wrong
+    assert 'all results are those of stock' in wrong
+    text = filled('normalizations', changed)
+    assert 'These do not show that:** - mmtune folds nothing else' in text
 
 
 def test_plot(found, tmp_path):

@@ -1,5 +1,6 @@
 """The driver, and that the committed pages say what their figures say."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 import mmcv
 import pytest
 import reproduce
+from reproductions.page import Page
+
+from tests.tools.synthetic import doubted
 
 DOCS = Path(__file__).parents[3] / 'docs/en'
 
@@ -15,17 +19,28 @@ DOCS = Path(__file__).parents[3] / 'docs/en'
 # The pages tell the limit that users have.
 @pytest.mark.small_maps
 @pytest.mark.parametrize('name', reproduce.NAMES)
-def test_committed_pages_are_written_from_their_figures(name, tmp_path):
+def test_committed_pages_are_filled_from_their_figures(name, tmp_path):
     folder = DOCS / 'reproduction'
-    record = json.loads((folder / f'{name}.json').read_text())
-    page = reproduce.write_page(name, reproduce.load(name), record)
-    assert (folder / f'{name}.md').read_text() == page
+    record = json.loads(
+        (folder / f'{reproduce.source(name)}.json').read_text())
+    text = (folder / f'{name}.md').read_text()
+    assert text == reproduce.write_page(name, record)
+    # Markdown takes a comment that begins a line for a block of its own.
+    assert [line for line in text.splitlines()
+            if re.match(r'(- )?<!--[\w-]', line)] == []
     reproduce.load(name).plot(record['found'], tmp_path / 'plot.png')
     expected = mmcv.imread(str(tmp_path / 'plot.png')).astype(int)
     committed = mmcv.imread(str(folder / f'{name}.png'))
     assert committed.shape == expected.shape
     # Of 255 levels; machines may smooth edges differently.
     assert abs(committed - expected).mean() < 0.1
+
+
+@pytest.mark.parametrize('name', reproduce.NAMES)
+def test_committed_figures_bear_out_the_prose(name):
+    found = json.loads((DOCS / 'reproduction' /
+                        f'{reproduce.source(name)}.json').read_text())
+    assert doubted(name, found['found']) == []
 
 
 def test_committed_index_lists_them():
@@ -40,21 +55,29 @@ def test_committed_index_lists_them():
 
 
 @pytest.fixture
-def pages(monkeypatch):
-    """Two reproductions in the place of the real ones."""
+def pages(monkeypatch, tmp_path):
+    """Three pages in the place of the real ones, the last made from one."""
 
-    def make(title, value):
-        return SimpleNamespace(
-            TITLE=title,
-            OF_PAPER='Table 9',
-            QUESTION=f'How much is {title}?',
+    def make(name, value):
+        (tmp_path / f'texts/reproduction/{name.lower()}.md').write_text(
+            f'# {name}\n\n**It is <!--value--><!--/-->.**\n\n'
+            '<!-- doubts -->\n<!-- end of doubts -->\n\n'
+            '<!-- origin -->\n<!-- end of origin -->\n')
+        return Page(
             run=lambda: dict(value=value),
-            answer=lambda found: f'It is {found["value"]}.',
-            page=lambda found: f'| value |\n| --- |\n| {found["value"]} |',
+            figures=lambda found: dict(value=found['value']),
+            claims=lambda found: {'it is odd': found['value'] % 2 == 1},
             plot=lambda found, path: path.write_bytes(b'png'))
 
-    modules = dict(one=make('One', 1), two=make('Two', 2))
-    monkeypatch.setattr(reproduce, 'NAMES', tuple(modules))
+    (tmp_path / 'texts/reproduction').mkdir(parents=True)
+    (tmp_path / 'texts/reproduction.md').write_text(
+        '<!-- pages -->\n<!-- end of pages -->\n')
+    modules = dict(one=make('One', 1), two=make('Two', 2),
+                   more=make('More', 0))
+    monkeypatch.setattr(reproduce, 'NAMES',
+                        dict.fromkeys(modules, 'Table 9'))
+    monkeypatch.setattr(reproduce, 'SOURCES', dict(more='one'))
+    monkeypatch.setattr(reproduce, 'TEXTS', tmp_path / 'texts')
     monkeypatch.setattr(reproduce, 'load', modules.get)
     return modules
 
@@ -70,11 +93,24 @@ def test_one_alone(pages, monkeypatch, tmp_path):
     assert record['found'] == dict(value=2)
     assert record['command'] == 'python tools/reproduce.py two'
     page = (tmp_path / 'reproduction/two.md').read_text()
-    assert '# Two' in page and '**It is 2.**' in page and '| 2 |' in page
+    assert '# Two' in page and '**It is <!--value-->2<!--/-->.**' in page
+    assert '- it is odd' in page
+    assert '`python tools/reproduce.py two`, 0 s on ' in page
     assert (tmp_path / 'reproduction/two.png').read_bytes() == b'png'
     index = (tmp_path / 'reproduction.md').read_text()
     assert '[Two](reproduction/two.md) | Table 9 | It is 2. |' in index
-    assert 'Not run here:\n\n- One' in index
+    assert 'Not run here:\n\n- One\n- More' in index
+
+
+@pytest.mark.parametrize('name', ['one', 'more'])
+def test_two_pages_of_one_measurement(pages, monkeypatch, tmp_path, name):
+    start(monkeypatch, name, '--docs', tmp_path)
+    folder = tmp_path / 'reproduction'
+    assert not (folder / 'more.json').exists()
+    for page in ('one', 'more'):
+        text = (folder / f'{page}.md').read_text()
+        assert 'It is <!--value-->1<!--/-->' in text
+        assert '`python tools/reproduce.py one`' in text
 
 
 def test_all_in_processes_of_their_own(pages, monkeypatch, tmp_path):
@@ -91,7 +127,7 @@ def test_all_in_processes_of_their_own(pages, monkeypatch, tmp_path):
     start(monkeypatch, '--docs', tmp_path)
     assert [command[2] for command in started] == ['one', 'two']
     index = (tmp_path / 'reproduction.md').read_text()
-    assert 'One' in index and 'Two' in index
+    assert all(name in index for name in ('One', 'Two', 'More'))
     assert 'Not run here' not in index
     assert 'at commit abc.' in index
 
@@ -105,10 +141,11 @@ def test_what_fails_is_named(pages, monkeypatch, tmp_path):
 
 def test_render_runs_nothing(pages, monkeypatch, tmp_path):
     start(monkeypatch, 'one', '--docs', tmp_path)
-    pages['one'].run = None
+    monkeypatch.setattr(reproduce, 'measure', None)
     (tmp_path / 'reproduction/one.md').unlink()
     start(monkeypatch, '--render', '--docs', tmp_path)
-    assert '**It is 1.**' in (tmp_path / 'reproduction/one.md').read_text()
+    assert 'It is <!--value-->1' in (
+        tmp_path / 'reproduction/one.md').read_text()
 
 
 def test_an_unknown_name():
@@ -118,10 +155,3 @@ def test_an_unknown_name():
     assert result.returncode == 2
     assert 'NAME must be one of table4' in result.stderr
     assert "but got 'table5'" in result.stderr
-
-
-@pytest.mark.parametrize('seconds, expected', [(0, '0 s'), (59, '59 s'),
-                                               (60, '1 min 0 s'),
-                                               (3725, '62 min 5 s')])
-def test_duration(seconds, expected):
-    assert reproduce.duration(seconds) == expected

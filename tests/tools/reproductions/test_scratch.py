@@ -8,7 +8,7 @@ import torch
 from reproductions import scratch
 
 from mmtune.behaviours import convolution
-from tests.tools.synthetic import in_turn
+from tests.tools.synthetic import doubted, filled, in_turn
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +57,10 @@ def with_accuracy(found, accuracies, lr=0.01):
 
 
 def verdict(found, lr='0.01'):
-    page = scratch.page(found)
-    return ' '.join(
-        page.split(f'Learning rate {lr}\n')[1].split('\n##')[0].split())
+    """The row of a learning rate."""
+    row, = (line for line in scratch.verdicts(found).splitlines()
+            if line.startswith(f'| {lr} |'))
+    return row
 
 
 def test_runs_of_a_seed_are_alike_until_begin(found):
@@ -99,7 +100,7 @@ def test_frozen_from_the_start_is_no_normalization(found, tmp_path):
 def test_what_is_no_number_is_none(found):
     assert any(
         None in run['loss'] for run in runs_of(found, lr=1e9))
-    assert 'not a number' in verdict(found, '1e+09')
+    assert 'not a number' in scratch.results(found, 1e9)
 
 
 def test_a_step_of_tune_holds_less(found):
@@ -109,12 +110,10 @@ def test_a_step_of_tune_holds_less(found):
 
 
 @pytest.mark.parametrize('accuracies, text', [
-    ({0: .9, 1: .9, None: .9}, 'no harm with `begin` = 0, 1:'),
-    ({0: .9, 1: .9, None: .9}, 'It did with `begin` = none of those tried.'),
-    ({0: .1, 1: .9, None: .9}, 'no harm with `begin` = 1:'),
-    ({0: .1, 1: .9, None: .9}, 'It did with `begin` = 0.'),
-    ({0: .9, 1: .1, None: .9}, 'It did with `begin` = 1.'),
-    ({0: .9, 1: .88, None: .9}, 'It did with `begin` = 1.'),
+    ({0: .9, 1: .9, None: .9}, '| 0, 1 | none |'),
+    ({0: .1, 1: .9, None: .9}, '| 1 | 0 |'),
+    ({0: .9, 1: .1, None: .9}, '| 0 | 1 |'),
+    ({0: .9, 1: .88, None: .9}, '| 0 | 1 |'),
 ])
 def test_page_judges_when_to_freeze(found, accuracies, text):
     assert text in verdict(with_accuracy(found, accuracies))
@@ -122,15 +121,13 @@ def test_page_judges_when_to_freeze(found, accuracies, text):
 
 def test_page_judges_the_control(found):
     same = with_accuracy(found, {0: .9, 1: .9, None: .9})
-    assert '0 of 2 runs fail' in verdict(same)
-    assert 'in 2 of 2 runs' in verdict(same)
-    assert 'What makes runs fail' not in verdict(same)
+    assert verdict(same).endswith('| 0 of 2 | 2 of 2 | 0.000 |')
     failing = with_accuracy(found, {0: .9, 1: .1, None: .9})
-    assert 'What makes runs fail is freezing, not Tune' in verdict(failing)
+    assert verdict(failing).endswith('| 2 of 2 | 2 of 2 | 0.000 |')
     runs_of(same, lr=0.01, begin=1, mode='Eval')[1]['accuracy'][-1] = .3
-    assert 'in 1 of 2 runs' in verdict(same)
-    assert 'differ by at most 0.600' in verdict(same)
-    assert 'do not agree' in verdict(same)
+    assert verdict(same).endswith('| 1 of 2 | 1 of 2 | 0.600 |')
+    assert any('controls fail or learn as Tune does' in claim
+               for claim in doubted('scratch', same))
 
 
 def test_one_failing_seed_is_harm(found):
@@ -138,12 +135,10 @@ def test_one_failing_seed_is_harm(found):
     runs = runs_of(found, lr=0.01, begin=1, mode='Tune')
     for run in runs:
         run['accuracy'][0] = .8
-    assert 'Nor is it enough' not in verdict(found)
+    assert '| 0, 1 | none | none |' in verdict(found)
     runs[1]['accuracy'][-1] = .1
-    assert 'It did with `begin` = 1.' in verdict(found)
-    assert 'Nor is it enough that a network works with the' in (
-        verdict(found))
-    assert '1 of 2 failed after' in verdict(found)
+    assert ('| 0 | 1 | `begin=1`: 80% or more before, 1 of 2 fail after |'
+            in verdict(found))
 
 
 @pytest.mark.parametrize('seconds, text', [
@@ -156,23 +151,21 @@ def test_time_is_spared_where_it_is_beyond_its_spread(found, seconds, text):
     found['step']['seconds'] = dict(
         Train=[1., .8] if text == 'unclear' else [1., 1.],
         Eval=[1., 1.], Tune=seconds)
-    row, = (line for line in scratch.page(found).splitlines()
+    row, = (line for line in scratch.results(found, 0.01).splitlines()
             if line.startswith('| 1 | 0.0050'))
     assert text in row
 
 
-def test_answer_counts_what_is_frozen_in_mid_run(found):
+def test_page_counts_what_is_frozen_in_mid_run(found):
     found = dict(with_accuracy(found, {0: .9, 1: .9, None: .9}), lrs=[0.01])
     assert 'in 1 of 1 settings (begin=1 at a learning rate of 0.01)' in (
-        scratch.answer(found))
+        filled('scratch', found))
 
 
-def test_page_counts_who_learned_without_normalization(found):
-    text = ' '.join(
-        scratch.page(
-            with_accuracy(found, {0: .9, 1: .9, None: .9})).split())
-    assert 'At a learning rate of 0.01, 2 of 2 such runs learned' in text
-    assert 'At a learning rate of 1e+09, 0 of 2 such runs learned' in text
+def test_networks_that_learn_without_normalization_are_told(found):
+    found = with_accuracy(found, {0: .9, 1: .9, None: .9})
+    assert 'frozen from the start, no network learns' in doubted(
+        'scratch', found)
 
 
 def test_plot(found, tmp_path):
@@ -183,7 +176,7 @@ def test_plot(found, tmp_path):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(begins=(0, 5)), 'must hold None'),
-    (dict(begins=(0, None), controls=(0, 7)), '`controls` must be of'),
+    (dict(begins=(0, None), controls=(0, 7)), 'and `controls`, but got'),
 ])
 def test_wrong_plans_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,215 @@
+"""The memory of a training step of the detectors of the paper's Table 4."""
+import copy
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.fileio import load
+from torch import nn
+from torch.nn import functional as F
+
+from mmtune.analysis.memory import saved_bytes
+from mmtune.analysis.modes import randomize_new_norms
+from mmtune.analysis.sources import build_model, load_config
+from mmtune.analysis.steps import Step
+from mmtune.analysis.workloads import detection_workload
+from reproductions.material import (
+    in_processes,
+    put_in_folding_mode,
+    put_in_paper_mode,
+)
+
+CONFIGS = Path('configs')
+# The modes of the paper, its Tune being MMEngine's.
+PAPER = ('Eval', 'MMEngine')
+MODES = (*PAPER, 'Tune')
+# A row whose figures do not look like its label, and what they look like.
+SUSPECT = 'mask-rcnn_r101_fpn_8xb16-amp-tune-1x_coco'
+SUSPECTED = 'configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+
+
+def read_rows(folder: Path = CONFIGS) -> list[dict]:
+    """Read the rows of Table 4 from the metafiles beside the configs.
+
+    Args:
+        folder (Path): With a folder for each kind of model.
+
+    Returns:
+        list[dict]: ``name`` and ``config`` of the Tune config, ``eval``, the
+        config of its Eval twin, ``batch``, ``precision``, and of the paper
+        ``gb`` and ``ap``, each of Eval and of Tune.
+    """
+    models = {
+        model['Config']: model
+        for path in sorted(folder.glob('*/metafile.yml'))
+        for model in load(path)['Models']
+        if 'Table 4' in model['Metadata'].get('Figures From', '')
+    }
+    rows = []
+    for path, model in models.items():
+        if 'tune-' not in path:
+            continue
+        twins = [models[path.replace('tune-', '')], model]
+        rows.append(dict(
+            name=model['Name'], config=path, eval=twins[0]['Config'],
+            batch=model['Metadata']['Batch Size'],
+            precision=model['Metadata']['Precision'],
+            gb=[twin['Metadata']['Training Memory (GB)'] for twin in twins],
+            ap=[twin['Results'][0]['Metrics']['box AP'] for twin in twins]))
+    return rows
+
+
+def run(shape: Sequence[int] = (800, 1344),
+        batches: Sequence[int] = (1, 2, 3),
+        names: Sequence[str] | None = None) -> dict:
+    """Count the memory of training steps.
+
+    Args:
+        shape (Sequence[int]): Height and width of the images.
+        batches (Sequence[int]): To extrapolate from, where a row's batch is
+            larger than all of these.
+        names (Sequence[str], optional): Of the rows. Defaults to all.
+
+    Returns:
+        dict: ``rows``, from :func:`read_rows`, each with ``model``, alike
+        where rows share one, ``steps``, the bytes by batch and mode, and
+        ``weights`` from :func:`count_weights`; ``suspected``, the same of
+        what a row may be in truth; and what :func:`kept_per_weight` and
+        :func:`autocast_dtypes` find.
+
+    Raises:
+        ValueError: If there is no row of a name.
+    """
+    rows = read_rows()
+    known = [row['name'] for row in rows]
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f'Table 4 has no row {name!r}; name some of '
+                             f'{", ".join(known)}')
+    rows = [row for row in rows if names is None or row['name'] in names]
+    suspected = [
+        dict(row, name=Path(SUSPECTED).stem, eval=SUSPECTED) for row in rows
+        if row['name'] == SUSPECT
+    ]
+    # Several rows share a model, which then takes each batch once.
+    first: dict[tuple[str, str], dict] = {}
+    todo: dict[str, set[int]] = {}
+    for row in rows + suspected:
+        model = str(load_config(row['eval']).model)
+        same = first.setdefault((model, row['precision']), row)
+        row['model'] = f'{same["eval"]} in {row["precision"]}'
+        todo.setdefault(row['model'], set()).update(
+            [row['batch']] if row['batch'] <= max(batches) else batches)
+    # The paper's question alone is asked of the suspected model.
+    modes = {row['model']: PAPER for row in suspected}
+    modes.update({row['model']: MODES for row in rows})
+    measured: dict[str, dict] = {model: {} for model in todo}
+    steps = [(row, batch, mode) for row in first.values()
+             for batch in sorted(todo[row['model']])
+             for mode in modes[row['model']]]
+    taken = in_processes(measure, [(*step, shape) for step in steps], 'steps')
+    for (row, batch, mode), found in zip(steps, taken):
+        measured[row['model']].setdefault(str(batch), {})[mode] = found
+    for row in rows + suspected:
+        row['weights'] = count_weights(row)
+        row['steps'] = {
+            batch: by_mode
+            for batch, by_mode in measured[row['model']].items()
+            if int(batch) == row['batch'] or row['batch'] > max(batches)
+        }
+    return dict(
+        shape=list(shape), batches=list(batches), rows=rows,
+        suspected=suspected, kept_per_weight=kept_per_weight(),
+        autocast=autocast_dtypes())
+
+
+@functools.lru_cache(maxsize=1)
+def _build(path: str) -> tuple[Any, nn.Module]:
+    # Some warn of each argument that newer configs name otherwise.
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        config = load_config(path)
+        torch.manual_seed(0)
+        model = build_model(config)
+    randomize_new_norms(model)
+    return config, model
+
+
+def measure(row: dict, batch: int, mode: str, shape: Sequence[int]) -> dict:
+    """Take a step with the backbone in a mode.
+
+    Returns:
+        dict: Bytes ``kept`` for backward, ``peak`` and ``resident``.
+    """
+    config, stock = _build(row['eval'])
+    model = copy.deepcopy(stock)
+    height, width = shape
+    workload = detection_workload(config, model, (height, width), batch)
+    put_in_paper_mode(model, mode, ['backbone'])
+    step = Step(model, workload, amp=row['precision'] == 'FP16')
+    return dataclasses.asdict(step.memory())
+
+
+def count_weights(row: dict) -> int:
+    """Count the numbers in the weights that Tune folds in training.
+
+    Returns:
+        int: Of the backbone's convolutions, the frozen ones left out.
+    """
+    _, model = _build(row['eval'])
+    return sum(
+        module.weight.numel() for module in model.backbone.modules()
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad)
+
+
+def kept_per_weight() -> dict[str, dict[str, float]]:
+    """Count what a block keeps for backward beside feature maps.
+
+    Returns:
+        dict[str, dict[str, float]]: Bytes for each number in the weight, by
+        precision and mode, of a block whose feature maps have one pixel.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for precision, mode in itertools.product(('FP32', 'FP16'), MODES):
+        model = nn.Sequential(
+            nn.Conv2d(256, 256, 3, padding=1, bias=False),
+            nn.BatchNorm2d(256))
+        put_in_folding_mode(model, mode)
+        # Learns too, as inside of a network.
+        x = torch.randn(1, 256, 1, 1, requires_grad=True)
+        with torch.autocast(
+                'cpu', torch.bfloat16, enabled=precision == 'FP16'):
+            with saved_bytes(model) as saved:
+                output = model(x)
+                kept = saved.total / model[0].weight.numel()
+        found.setdefault(precision, {})[mode] = kept
+        del output
+    return found
+
+
+def autocast_dtypes() -> dict[str, str]:
+    """Look at what a CPU's autocast makes of halves.
+
+    Returns:
+        dict[str, str]: The dtype of the output of operations on halves.
+    """
+    x = torch.randn(2, 8, 8, 8, dtype=torch.bfloat16)
+    operations = {
+        'convolution': nn.Conv2d(8, 8, 3),
+        'batch_norm': nn.BatchNorm2d(8).eval(),
+        'relu': nn.ReLU(),
+        'max_pool2d': nn.MaxPool2d(2),
+        'interpolate': nn.Upsample(scale_factor=2),
+        'linear': nn.Linear(8, 8),
+        'cross_entropy': lambda x: F.cross_entropy(x[..., 0, 0], x[..., 0, 0]),
+    }
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        return {
+            name: str(operation(x).dtype).removeprefix('torch.')
+            for name, operation in operations.items()
+        }
