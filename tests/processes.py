@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from mmtune.behaviours import convolution
 
 
-def _free_port():
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         return free.getsockname()[1]
@@ -55,6 +56,6 @@ def in_processes(function: Callable, *args: Any, world_size: int = 2,
         results = manager.dict()
         mp.spawn(
             _start,
-            (world_size, _free_port(), function, args, init, results),
+            (world_size, free_port(), function, args, init, results),
             nprocs=world_size)
         return [results[rank] for rank in range(world_size)]

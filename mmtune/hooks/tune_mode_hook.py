@@ -2,6 +2,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from mmengine.dist import master_only
@@ -102,6 +103,7 @@ class TuneModeHook(Hook):
         """
         _check_sole(runner)
         key = runner.cfg.get(CONFIG_KEY)
+        _check_spelling(runner)
         options = merge_options(key, self.arguments)
         if _asks_for_nothing(key) and options.get('modules') == key:
             runner.logger.info(
@@ -226,6 +228,8 @@ class TuneModeHook(Hook):
             # By the name that the user wrote.
             raise ValueError(
                 str(error).replace('`modules`', f'`{CONFIG_KEY}`')) from error
+        # `train()` comes later, and with it `norm_eval` of a backbone.
+        report.in_train_mode = 0
         modules = options.get('modules') or 'the whole model'
         is_known = report.rows == self._rows
         table = report.summary() if is_known else f'\n{report}'
@@ -269,6 +273,15 @@ def _check_sole(runner: Runner) -> None:
         raise ValueError(
             f'A run takes one TuneModeHook, but got {count}; keep the one in '
             '`default_hooks` or the one in `custom_hooks`')
+
+
+def _check_spelling(runner: Runner) -> None:
+    if CONFIG_KEY in runner.cfg:
+        return
+    # Without the key it is the whole model, whatever a misspelled one says.
+    for name in get_close_matches(CONFIG_KEY, runner.cfg, cutoff=.9):
+        raise ValueError(f'the config has a key `{name}`, which nothing '
+                         f'reads; write `{CONFIG_KEY}`')
 
 
 def _check_begin(runner: Runner, begin: Any, options: dict) -> None:

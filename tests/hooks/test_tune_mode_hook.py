@@ -206,6 +206,25 @@ def test_mistakes_stop_before_training(key, arguments, message, flexible,
     assert losses(runner) == []
 
 
+@pytest.mark.parametrize('name', [
+    'efficient_conv_bn_evl', 'eficient_conv_bn_eval',
+    'efficient_conv_bn_eval_'])
+def test_a_misspelled_key_is_noticed(name, tmp_path):
+    runner = build_runner(
+        tmp_path, default_hooks=TUNE, **{name: ['backbone']})
+    with pytest.raises(ValueError, match=f'`{name}`.*write `{KEY}`'):
+        runner.train()
+    assert losses(runner) == []
+
+
+@pytest.mark.parametrize('options', [
+    dict(conv_bn_eval=['backbone']),
+    {KEY: ['backbone'], 'efficient_conv_bn_eval_': ['neck']},
+], ids=['another key', 'beside the key'])
+def test_other_keys_are_nobodys_business(options, tmp_path):
+    assert losses(train(tmp_path, default_hooks=TUNE, **options))
+
+
 @pytest.mark.parametrize('flexible', [False, True])
 @pytest.mark.parametrize('mode', ['Tune', 'Deploy'])
 def test_nothing_to_turn_on_is_a_warning(mode, flexible, tmp_path):
@@ -264,7 +283,10 @@ def test_log_says_whether_there_is_a_native_node(tmp_path):
 
 def test_log_does_not_warn_without_need(tmp_path):
     runner = train(tmp_path, default_hooks=TUNE, **{KEY: ['backbone']})
-    assert 'ran as stock' not in logged(runner)
+    log = logged(runner)
+    assert 'ran as stock' not in log
+    # Nor of what `norm_eval` of the backbone has not held yet.
+    assert '2 blocks in Tune mode' in log and 'train mode' not in log
 
 
 # The activation's output, in bytes, for the toy's batch of two.
