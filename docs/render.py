@@ -443,7 +443,9 @@ def skipped() -> str:
     """Write why networks were not compared with stock, a reason a row."""
     networks: dict[tuple[str, str], list[str]] = {}
     for name, found in read_sweeps().items():
-        for network, reason in found['skipped'].items():
+        for network, text in found['skipped'].items():
+            # The rest of a message is advice, or sizes that differ.
+            reason = text.partition('. ')[0]
             networks.setdefault((name, reason), []).append(code(network))
     return table(('library', 'reason', 'networks'),
                  [(name, code(reason), ', '.join(named))
