@@ -5,8 +5,8 @@ it run there until the first of them fails::
 
     python tests/mutations.py
 
-prints the table of docs/en/contributing.md, which names tests without cases. A change that no test notices is
-an error.
+prints the table of docs/en/contributing.md, which names tests without their
+cases. A change that no test notices is an error.
 """
 import os
 import re
