@@ -48,6 +48,11 @@ class Part:
         """Name of the class."""
         return self.settings['type']
 
+    @property
+    def size(self) -> int:
+        """How many numbers its parameters have, once it has a skeleton."""
+        return sum(p.numel() for p in self.skeleton.parameters())
+
     def __str__(self) -> str:
         return f'{self.type} ({self.role} in {self.source})'
 
@@ -98,8 +103,7 @@ def collect(package: str, roles: tuple[str, ...] = ROLES) -> Zoo:
         if norms(skeleton):
             part.skeleton = skeleton
             normalized.append(part)
-    normalized.sort(key=lambda part: sum(
-        parameter.numel() for parameter in part.skeleton.parameters()))
+    normalized.sort(key=lambda part: part.size)
     return Zoo(normalized, missing)
 
 

@@ -18,6 +18,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -63,6 +64,19 @@ def without_memory(build: Callable[[str], nn.Module], name: str) -> nn.Module:
                 for function in ('arange', 'linspace', 'tensor')}
         with torch.device('meta'), mock.patch.multiple(torch, **real):
             return build(name)
+
+
+def first_of(model: nn.Module, *types: type[nn.Module]) -> Any:
+    """Find the first module of some types, which says what a network takes.
+
+    Args:
+        model (nn.Module): The network.
+        types (type): What the module may be.
+
+    Returns:
+        nn.Module: The first in the order of ``model.modules()``.
+    """
+    return next(m for m in model.modules() if isinstance(m, types))
 
 
 def representatives(names: Iterable[str],

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.sweeps import openmmlab
+from tests.sweeps.libraries import first_of
 
 REQUIREMENTS = ('mmpretrain==1.2.0', 'ftfy==6.3.1', 'einops==0.8.2',
                 'importlib-metadata==10.2.0', 'torchvision==0.28.0')
@@ -23,8 +24,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         return tuple(torch.randn(2, channels, FRAMES // 2, size >> i,
                                  size >> i)
                      for i, channels in enumerate(model.in_channels, 4)),
-    first = next(module for module in model.modules()
-                 if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+    first = first_of(model, nn.Conv2d, nn.Conv3d)
     if name.startswith('ACRNHead'):
         channels = first.in_channels // 2
         rois = torch.tensor([[i, 0., 0., 1., 1.] for i in range(2)])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tests.sweeps import openmmlab
+from tests.sweeps.libraries import first_of
 
 REQUIREMENTS = ('click==8.5.1', 'einops==0.8.2', 'imageio==2.38.1',
                 'torchvision==0.28.0')
@@ -48,8 +49,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     for kind, frames in FRAMES.items():
         if name.startswith(kind):
             return torch.randn(2, frames, 3, size, size),
-    channels = next(module.in_channels for module in model.modules()
-                    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)))
+    channels = first_of(model, nn.Conv2d, nn.ConvTranspose2d).in_channels
     image = torch.randn(2, channels, size, size)
     if name.startswith('GLDiscs'):
         return (torch.randn(2, channels, 256, 256),

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.sweeps import openmmlab
+from tests.sweeps.libraries import first_of
 
 REQUIREMENTS = ('lmdb==3.0.0', 'pyclipper==1.4.0', 'rapidfuzz==3.14.6',
                 'scikit-image==0.26.0', 'torchvision==0.28.0')
@@ -13,8 +14,7 @@ names, build, inputs_of_part = openmmlab.functions(
 
 
 def inputs(name: str, model: nn.Module, size: int) -> tuple:
-    first = next(module for module in model.modules()
-                 if isinstance(module, nn.Conv2d))
+    first = first_of(model, nn.Conv2d)
     if name.startswith(('MiniVGG', 'NRTRModalityTransform')):
         # A line of text.
         return torch.randn(2, first.in_channels, 32, size),

@@ -4,6 +4,7 @@ from torch import nn
 
 from tests import zoo
 from tests.sweeps import openmmlab
+from tests.sweeps.libraries import first_of
 
 REQUIREMENTS = ('mmpretrain==1.2.0', 'ftfy==6.3.1', 'json-tricks==3.17.3',
                 'munkres==3.0.0', 'torchvision==0.28.0')
@@ -25,8 +26,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
     if name.startswith('MSPNHead'):
         return [zoo.maps([model.unit_channels] * model.num_units, size // 4)
                 for _ in range(model.num_stages)],
-    channels = next(module.in_channels for module in model.modules()
-                    if isinstance(module, nn.modules.conv._ConvNd))
+    channels = first_of(model, nn.modules.conv._ConvNd).in_channels
     if name.startswith('RTMOHead'):
         # One half is for the classes, one for the poses.
         return zoo.maps([2 * channels] * len(model.featmap_strides),

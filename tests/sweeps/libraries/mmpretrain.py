@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.sweeps import openmmlab
+from tests.sweeps.libraries import first_of
 
 REQUIREMENTS = ('mmpretrain==1.2.0', 'ftfy==6.3.1', 'torchvision==0.28.0')
 ALONE = ()
@@ -31,8 +32,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         channels = model.projection_neck[0].in_features
         return [(torch.randn(2, channels, side, side), ) for _ in range(2)],
     if name.startswith(OF_VECTORS):
-        first = next(module for module in model.modules()
-                     if isinstance(module, (nn.Linear, nn.BatchNorm1d)))
+        first = first_of(model, nn.Linear, nn.BatchNorm1d)
         return (torch.randn(2, getattr(first, 'in_features', None)
                             or first.num_features), ),
     return inputs_of_part(name, model, size)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from tests.sweeps.libraries import first_of
+
 REQUIREMENTS = ('monai==1.6.1', 'einops==0.8.2', 'torchvision==0.28.0')
 ALONE = ()
 SIZES = (32, 64, 96, 128)
@@ -73,7 +75,6 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         return torch.randn(2, 16),
     if name == 'MILModel':
         return torch.randn(2, 3, 3, size, size),
-    conv = next(module for module in model.modules()
-                if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+    conv = first_of(model, nn.Conv2d, nn.Conv3d)
     sides = [size] * len(conv.kernel_size)
     return torch.randn(2, conv.in_channels, *sides),

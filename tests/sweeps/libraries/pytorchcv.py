@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from tests.sweeps.libraries import images, representatives
+from tests.sweeps.libraries import first_of, images, representatives
 
 REQUIREMENTS = ('pytorchcv==0.0.74', )
 ALONE = ()
@@ -35,8 +35,7 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(name: str, model: nn.Module, size: int) -> tuple:
-    channels = next(module.in_channels for module in model.modules()
-                    if isinstance(module, (nn.Conv1d, nn.Conv2d)))
+    channels = first_of(model, nn.Conv1d, nn.Conv2d).in_channels
     if any(isinstance(module, nn.Conv1d) for module in model.modules()) and (
             not any(isinstance(module, nn.Conv2d)
                     for module in model.modules())):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.sweeps.libraries import images, representatives
+from tests.sweeps.libraries import first_of, images, representatives
 
 REQUIREMENTS = ('transformers==5.24.0', 'timm==1.0.31', 'torchvision==0.28.0')
 ALONE = ()
@@ -99,8 +99,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         return torch.randn(2, config.context_length,
                            config.num_input_channels),
     if name.startswith('GraniteSpeech5'):
-        first = next(module for module in model.modules()
-                     if isinstance(module, nn.Linear))
+        first = first_of(model, nn.Linear)
         return torch.randn(2, size, first.in_features),
     if name.endswith('CTCEncoder'):
         return torch.randn(2, size, config.input_dim),
@@ -109,8 +108,7 @@ def inputs(name: str, model: nn.Module, size: int) -> tuple:
         return torch.randn(2, size, encoder.num_mel_bins),
     channels = getattr(config, 'num_channels', 3)
     if name.endswith('EncoderWithSVTR'):
-        channels = next(module.in_channels for module in model.modules()
-                        if isinstance(module, nn.Conv2d))
+        channels = first_of(model, nn.Conv2d).in_channels
     return images(size, channels),
 
 
