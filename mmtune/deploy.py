@@ -66,7 +66,7 @@ def fit_for_good(model: nn.Module, matches: Matches) -> Matches:
             reason = 'Deploy needs layers that are initialized'
         elif _norm_kind(norm).does_more:
             reason = f'{type(norm).__name__} does more than normalize'
-        elif _kind(conv).weight(conv) is not conv.weight:
+        elif type(_kind(conv)).weight is not ConvKind.weight:
             reason = f'{type(conv).__name__} makes a weight of its own'
         elif 'bias' not in conv._parameters:
             reason = f'{type(conv).__name__} takes no bias'

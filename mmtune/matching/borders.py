@@ -6,9 +6,13 @@ which it gives its argument to.
 """
 import inspect
 import operator
+from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import NamedTuple
 
+import torch
 from torch import fx, nn
+from torch.fx.graph import magic_methods
 
 from mmtune.layers.convolutions import (
     conv_kind,
@@ -18,7 +22,7 @@ from mmtune.layers.convolutions import (
 from mmtune.layers.normalizations import looks_like_norm, norm_kind
 from mmtune.layers.questions import RESHAPING_METHODS
 from mmtune.matching.tracing import Traces, asks, has_forward, trace
-from mmtune.utils.attach import has_hooks
+from mmtune.utils.attach import foreign_hooks
 
 __all__ = ['Begin', 'Ends', 'Source']
 
@@ -210,8 +214,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_identity(module: nn.Module) -> bool:
-    return inspect.getattr_static(
-        type(module), 'forward') is nn.Identity.forward
+    return _runs_forward_of(module, nn.Identity)
+
+
+def _runs_forward_of(module: nn.Module, layer: type[nn.Module]) -> bool:
+    return inspect.getattr_static(type(module), 'forward') is layer.forward
 
 
 def _input(node: fx.Node) -> fx.Node | None:
@@ -297,15 +304,38 @@ def _only_reshapes(node: fx.Node, given: fx.Node) -> bool:
 
 
 def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
-    """Whether what runs at a node leaves tensors as they are."""
+    """Whether what runs at a node leaves tensors of others as they are."""
     if node.op != 'call_module':
         return (node.op in ('get_attr', 'placeholder')
                 or node.target is operator.getitem or asks(node)
-                or _flattens(node))
+                or _is_out_of_place(node))
     module = block.get_submodule(node.target)
-    return not has_hooks(module) and (
-        is_known_conv(module) or _is_identity(module)
-        or norm_kind(module) is not None)
+    return all(map(_makes_weight, foreign_hooks(module))) and (
+        is_known_conv(module) or norm_kind(module) is not None
+        or any(_runs_forward_of(module, layer)
+               for layer in (nn.Identity, nn.Embedding)))
+
+
+def _makes_weight(hook: Callable) -> bool:
+    """Whether a hook makes its own layer's weight: torch's spectral_norm."""
+    return type(hook).__module__.startswith('torch.nn.utils.')
+
+
+def _is_out_of_place(node: fx.Node) -> bool:
+    """Whether an operator runs at a node that writes to no argument."""
+    if node.op == 'call_method':
+        name = node.target
+    elif isinstance(node.target, BuiltinFunctionType):
+        name = node.target.__name__
+        if node.target is getattr(operator, name, None):
+            return name in magic_methods
+    else:
+        return False
+    # What PyTorch itself says of all operators of the name.
+    operators = getattr(torch.ops.aten, name, None)
+    return operators is not None and 'out' not in node.kwargs and not any(
+        getattr(operators, overload)._schema.is_mutable
+        for overload in operators.overloads() if not overload.endswith('out'))
 
 
 def describe(node: fx.Node) -> str:

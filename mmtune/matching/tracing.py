@@ -6,6 +6,7 @@ list is, how large a map. A trace guesses, and where a guess ends in an error
 """
 import contextlib
 import inspect
+import operator
 import random
 import sys
 import traceback
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import inplace_methods
 
 from mmtune.behaviours.deferred import inside_autograd_function
 from mmtune.layers.calls import stand_in
@@ -116,6 +118,17 @@ class _Proxy(fx.Proxy):
         return self.tracer.choose((SIZE, ))
 
 
+def _record_in_place_operators() -> None:
+    """Have `x += 1` not be taken for `x = x + 1`, which writes nothing."""
+
+    def method(function):
+        return lambda proxy, other: proxy.tracer.create_proxy(
+            'call_function', function, (proxy, other), {})
+
+    for name in inplace_methods.keys() - {'setitem'}:
+        setattr(_Proxy, f'__{name}__', method(getattr(operator, name)))
+
+
 class _Attribute(_Proxy, fx.proxy.Attribute):
     """What an attribute of a proxy gives."""
 
@@ -123,6 +136,9 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
         fx.proxy.Attribute.__init__(self, root, attr)
 
     node = fx.proxy.Attribute.node
+
+
+_record_in_place_operators()
 
 
 def _is_shape(node: fx.Node) -> bool:

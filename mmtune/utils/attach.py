@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 __all__ = [
-    'Hook', 'Override', 'attach', 'bare_copy', 'detach', 'has_hooks',
-    'TunedRepr', 'heal', 'is_attached', 'overridden', 'run_last'
+    'Hook', 'Override', 'attach', 'bare_copy', 'detach', 'foreign_hooks',
+    'has_hooks', 'TunedRepr', 'heal', 'is_attached', 'overridden', 'run_last'
 ]
 
 HOOKS = ('_forward_pre_hooks', '_forward_hooks')
@@ -209,11 +209,16 @@ def is_attached(module: nn.Module, hook: Hook) -> bool:
                for own in vars(module)[name].values())
 
 
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of a module that are anybody else's."""
+    return [hook for name in (*HOOKS, *BACKWARD_HOOKS)
+            for hook in vars(module)[name].values()
+            if not isinstance(hook, Hook)]
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of anybody else's."""
-    return any(not isinstance(own, Hook)
-               for name in (*HOOKS, *BACKWARD_HOOKS)
-               for own in vars(module)[name].values())
+    return bool(foreign_hooks(module))
 
 
 def detach(module: nn.Module) -> None:

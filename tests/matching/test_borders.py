@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_off, turn_on
@@ -154,6 +155,64 @@ class GivesTwice(GivesMore):
         return self.head(y, scale=y)
 
 
+class Conditional(nn.Module):
+    """As BigGAN's: what it scales with it computes before it normalizes."""
+
+    def __init__(self, gain=None):
+        super().__init__()
+        self.gain = gain or nn.Linear(6, 6, bias=False)
+        self.norm = nn.BatchNorm2d(6, affine=False)
+
+    def forward(self, x, y):
+        gain = self.gain(y)
+        gain = (1. + gain.flatten(1) / 2).view(y.size(0), -1, 1, 1)
+        return self.norm(x) * torch.sigmoid(gain)
+
+
+class GivesCondition(nn.Module):
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3), norm
+
+    def forward(self, x):
+        condition = x[:, :3, :2, 0].flatten(1)
+        if isinstance(self.norm.gain, nn.Embedding):
+            condition = condition[:, 0].gt(0).long()
+        return self.norm(self.conv(x), condition)
+
+
+def conditional(gain=nn.Identity, of=Conditional):
+    return lambda: GivesCondition(of(gain()))
+
+
+class ChangesOther(Conditional):
+
+    def forward(self, x, y):
+        y.clamp_(0)
+        return super().forward(x, y)
+
+
+class WritesOther(Conditional):
+
+    def forward(self, x, y):
+        torch.add(y, 1, out=y)
+        return super().forward(x, y)
+
+
+class AddsToOther(Conditional):
+
+    def forward(self, x, y):
+        y += 1
+        return super().forward(x, y)
+
+
+def hooked():
+    layer = nn.Linear(6, 6)
+    layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
 class PreConv(nn.Module):
     """As pytorchcv's: it returns what its convolution was given, too."""
 
@@ -259,6 +318,10 @@ FOUND = {
     'its container is not called': (ReachesIn, 2),
     'its block is not called': (ReachesIntoABlock, 1),
     'an argument more': (GivesMore, 1),
+    'a condition': (conditional(lambda: nn.Linear(6, 6)), 1),
+    'a condition with spectral_norm': (
+        conditional(lambda: spectral_norm(nn.Linear(6, 6))), 1),
+    'an embedded condition': (conditional(lambda: nn.Embedding(2, 6)), 1),
     'an output more': (sequential(lambda: nn.Conv2d(4, 4, 1), PreBlock), 2),
     'traced': (traced(sequential(Wrapper, bn)), 1),
     'traced, with children': (traced(Tail), 2),
@@ -267,6 +330,12 @@ LEFT_OUT = {
     'given twice': (GivesTwice, "the argument 'x'"),
     'an output that is read twice': (ReadsTwice, "the argument 'x'"),
     'an output that is given twice': (OfTwo, "the argument 'x'"),
+    'another module in between': (
+        conditional(lambda: nn.Sequential(nn.Linear(6, 6))), "'x'"),
+    'a hook in between': (conditional(hooked), "'x'"),
+    'a method in place': (conditional(of=ChangesOther), "'x'"),
+    'an operator with out': (conditional(of=WritesOther), "'x'"),
+    'an augmented assignment': (conditional(of=AddsToOther), "'x'"),
     'reads its argument twice': (
         sequential(lambda: nn.Conv2d(4, 6, 3), Reused), "the argument 'x'"),
     'changes its argument': (
