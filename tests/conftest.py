@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope='session')
 def few_threads():
     """Keep the thread count, and so rounding, alike on every machine."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -268,6 +268,19 @@ class _MaskedConvolution(_Convolution):
         return conv.weight.mul(conv.mask)
 
 
+class _SpectralConvolution(_Convolution):
+    """MMagic's ``SNConv2d``: its weight has a spectral norm of 1."""
+
+    def weight(self, conv):
+        return conv.sn_weight()
+
+
+class _SpectralLinear(_Linear):
+    """MMagic's ``SNLinear``."""
+
+    weight = _SpectralConvolution.weight
+
+
 class _DeformableConvolution(ConvKind):
     """MMCV's ``DeformConv2d``, which has no bias of its own."""
 
@@ -339,6 +352,10 @@ CONV_KINDS: dict[str, ConvKind] = {
     'mmcv.cnn.bricks.conv_ws.ConvWS2d': _StandardizedConvolution(),
     'mmcv.cnn.bricks.conv_ws.ConvAWS2d': _AdaptiveStandardizedConvolution(),
     'mmdet.models.backbones.trident_resnet.TridentConv': _Trident(),
+    'mmagic.models.editors.biggan.biggan_snmodule.SNConv2d':
+    _SpectralConvolution(),
+    'mmagic.models.editors.biggan.biggan_snmodule.SNLinear':
+    _SpectralLinear(),
     'pytorchcv.models.xdensenet.XConv2d': _MaskedConvolution(),
     'mmcv.ops.deform_conv.DeformConv2d': _DeformableConvolution(),
     'mmcv.ops.deform_conv.DeformConv2dPack': _DeformableConvolution(),

@@ -1,4 +1,5 @@
 """Kinds of convolutions and normalizations against stock, in float64."""
+import copy
 import itertools
 
 import pytest
@@ -399,13 +400,62 @@ class Masked(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight.mul(self.mask), self.bias)
 
 
-def test_a_masked_weight(monkeypatch):
-    monkeypatch.setitem(CONV_KINDS, f'{__name__}.Masked',
-                        CONV_KINDS['pytorchcv.models.xdensenet.XConv2d'])
-    model = prepared(nn.Sequential(Masked(), nn.BatchNorm2d(6)))
+class Spectral:
+    """Computes what the layers with a spectral norm of MMagic do."""
+
+    def sn_weight(self):
+        with torch.no_grad():
+            matrix = self.weight.flatten(1)
+            u = nn.functional.normalize(self.u0 @ matrix, dim=0) @ matrix.T
+            norm = u.norm()
+            if self.training:
+                self.u0.copy_(u / norm)
+        return self.weight / norm
+
+
+class SpectralConv(nn.Conv2d, Spectral):
+
+    def __init__(self):
+        super().__init__(4, 6, 3)
+        self.register_buffer('u0', torch.ones(6))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.sn_weight(), self.bias)
+
+
+class SpectralLinear(nn.Linear, Spectral):
+
+    def __init__(self):
+        super().__init__(4, 6)
+        self.register_buffer('u0', torch.ones(6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.sn_weight(), self.bias)
+
+
+_SPECTRAL = 'mmagic.models.editors.biggan.biggan_snmodule.'
+
+
+@pytest.mark.parametrize('layer, upstream, norm, shape', [
+    (Masked, 'pytorchcv.models.xdensenet.XConv2d', nn.BatchNorm2d, SHAPE),
+    (SpectralConv, f'{_SPECTRAL}SNConv2d', nn.BatchNorm2d, SHAPE),
+    (SpectralLinear, f'{_SPECTRAL}SNLinear', nn.BatchNorm1d, SHAPE[:2]),
+])
+def test_a_weight_that_is_made_at_each_call(monkeypatch, layer, upstream,
+                                            norm, shape):
+    monkeypatch.setitem(CONV_KINDS, f'{__name__}.{layer.__name__}',
+                        CONV_KINDS[upstream])
+    model = prepared(nn.Sequential(layer(), norm(6)))
+    model[0].train()  # where a spectral norm goes on
     stock = stock_copy(model)
     assert not turn_on(model).left_out
-    compare(model, stock, SHAPE, 'fused')
+    compare(model, stock, shape, 'fused')
+    turn_off(model)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='makes a weight of its own'):
+        turn_on(model, mode='Deploy')
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
 
 
 class PaddedTwice(nn.Sequential):
