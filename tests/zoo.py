@@ -72,13 +72,24 @@ class Zoo(NamedTuple):
 
 
 @functools.cache
-def collect(package: str, roles: tuple[str, ...] = ROLES) -> Zoo:
-    """Gather the parts of all configs that a package is installed with."""
+def collect(package: str,
+            roles: tuple[str, ...] = ROLES,
+            sources: tuple[str, ...] | None = None) -> Zoo:
+    """Gather the parts of the configs that a package is installed with.
+
+    Args:
+        package (str): As it is imported.
+        roles (tuple[str, ...]): Which parts to gather.
+        sources (tuple[str, ...], optional): Paths of configs below the
+            package's folder of them. Defaults to None: all.
+    """
     root = Path(importlib.import_module(package).__file__).parent
     root = root / '.mim' / 'configs'
     parts: dict[str, Part] = {}
     missing = {}
-    sources = [str(path.relative_to(root)) for path in root.rglob('*.py')]
+    if sources is None:
+        sources = tuple(str(path.relative_to(root))
+                        for path in root.rglob('*.py'))
     for source in sorted(sources, key=lambda path: (_is_base(path), path)):
         try:
             config = Config.fromfile(root / source,
