@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -19,8 +21,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True, scope='session')
-def few_threads():
-    """Keep the thread count, and so rounding, alike on every machine."""
+def one_thread():
+    """Keep rounding alike, and processes out of each other's way."""
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
     torch.set_num_threads(1)
 
 

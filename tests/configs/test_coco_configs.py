@@ -122,11 +122,13 @@ def test_only_tune_mode_keys_differ_from_the_eval_twin(path):
 
 
 def distinct_models():
-    """Configs whose model another has as well are left to the whole run."""
+    """Models once each; the deepest backbones are left to the whole run."""
     seen = []
     for path in TUNE_CONFIGS:
         model = Config.fromfile(path).model
-        marks = [pytest.mark.exhaustive] if model in seen else []
+        deep = model.backbone.get('depth') == 101 or (
+            model.backbone.type == 'HRNet')
+        marks = [pytest.mark.exhaustive] if deep or model in seen else []
         seen.append(model)
         yield pytest.param(path, id=path.stem, marks=marks)
 
