@@ -69,7 +69,8 @@ def filled(name, found):
     """A page with other figures, as words with single spaces between."""
     record = dict(command='', seconds=0, cpu='', cores=1, device='CPU',
                   torch='', mmtune='', commit='', found=found)
-    page = reproduce.write_page(name, record)
+    text = reproduce.file_of(name, '.md').read_text()
+    page = reproduce.load(name).write(text, record)
     return ' '.join(without_places(page).split())
 
 

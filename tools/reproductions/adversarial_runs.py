@@ -13,6 +13,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from reproductions.material import (
     pretrained_classifier,
     put_in_paper_mode,
 )
-from reproductions.page import track
 
 MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
 # What is attacked in float64 too.

@@ -7,6 +7,7 @@ import finetune_digits
 import torch
 from matplotlib.figure import Figure
 from mmdet.models import ResNet
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -28,7 +29,6 @@ from reproductions.page import (
     quartiles_text,
     shape_text,
     table,
-    track,
 )
 
 MODES = ('Train', 'Eval', 'Tune')

@@ -11,6 +11,7 @@ import torch
 from demo import WEIGHTS, run_tool
 from finetune_digits import Classifier, load_data
 from mmengine.logging import MMLogger
+from rich.progress import track
 from torch import Tensor, nn
 
 from mmtune.analysis import peak_bytes
@@ -18,7 +19,7 @@ from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
 from mmtune.analysis.timing import interleaved_seconds
 from mmtune.behaviours import convolution
 from mmtune.report import Report
-from reproductions.page import Item, track
+from reproductions.page import Item
 
 
 def fetch_weights() -> str:

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import nn
 
 from mmtune.analysis import best_lr, lr_limit
@@ -26,7 +27,6 @@ from reproductions.mechanism_network import (
     put,
     train,
 )
-from reproductions.page import track
 
 # A run's final loss is the mean of so many steps.
 FINAL_STEPS = 10

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -14,7 +15,7 @@ from mmtune import turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.analysis.steps import difference
 from mmtune.api import latest_runs
-from reproductions.page import MIB, Page, drawing, mib, table, track
+from reproductions.page import MIB, Page, drawing, mib, table
 
 CHANNELS = 32
 # Of an error in float64 that is rounding.

@@ -1,20 +1,13 @@
 """What a page is, how it is filled, and how figures are written."""
+import functools
 import re
 import statistics
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
 from scipy.stats import ttest_rel
 
 from mmtune.analysis.timing import quartiles
@@ -44,16 +37,7 @@ class Page:
     plot: Callable[[dict, Path], None]
 
     def write(self, text: str, record: Mapping[str, Any]) -> str:
-        """Write the page anew.
-
-        Args:
-            text (str): The page, in Markdown.
-            record (Mapping): What was found, and where; see
-                ``tools/reproduce.py``.
-
-        Returns:
-            str: The page with what was found.
-        """
+        """Fill the Markdown of a page with a record of tools/reproduce.py."""
         found = record['found']
         return fill(text, {
             **self.figures(found), 'doubts': doubts(self.claims(found)),
@@ -61,10 +45,8 @@ class Page:
         })
 
 
-def drawing(
-    height: float
-) -> Callable[[Callable[[dict, Figure], None]], Callable[[dict, Path], None]]:
-    """Make a function that draws on a figure one that writes a file.
+def drawing(height: float) -> Callable:
+    """Make of what draws on a figure what writes a file.
 
     Args:
         height (float): Of the figure in inches; its width is 8.
@@ -76,12 +58,12 @@ def drawing(
     def decorate(draw: Callable[[dict, Figure], None]
                  ) -> Callable[[dict, Path], None]:
 
+        @functools.wraps(draw)
         def plot(found: dict, path: Path) -> None:
             figure = Figure(figsize=(8, height), layout='constrained')
             draw(found, figure)
             figure.savefig(path, dpi=120)
 
-        plot.__doc__ = draw.__doc__
         return plot
 
     return decorate
@@ -276,24 +258,3 @@ class Difference:
         if self.interval is None:
             return f'{self.mean:+.3f}'
         return '{:+.3f} ({:+.3f} to {:+.3f})'.format(self.mean, *self.interval)
-
-
-def track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Show how far a loop is.
-
-    Args:
-        items (Sequence[Item]): What to loop over.
-        what (str): What is being done.
-
-    Yields:
-        Item: Each of them.
-    """
-    with Progress() as progress:
-        # A bar is drawn on terminals alone.
-        silent = not progress.console.is_terminal
-        task = progress.add_task(what, total=len(items))
-        for done, item in enumerate(items):
-            if silent:
-                Console().print(f'{what}: {done}/{len(items)}')
-            yield item
-            progress.advance(task)

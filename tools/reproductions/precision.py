@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from matplotlib.figure import Figure
+from rich.progress import track
 from torch import Tensor, nn
 
 from reproductions.material import put_in_folding_mode
@@ -17,7 +18,6 @@ from reproductions.page import (
     quartiles_text,
     span,
     table,
-    track,
 )
 
 MODES = ('Eval', 'Tune')

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mmcv
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +20,6 @@ from reproductions.material import (
     pretrained_classifier,
     put_in_folding_mode,
 )
-from reproductions.page import track
 
 # How many of MobileNetV2's seven stages the network has.
 STAGES = 4
