@@ -1,6 +1,4 @@
 """Stand-ins for what is fetched, and for what takes processes of its own."""
-import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +54,6 @@ def shorten(modes, folder, monkeypatch, iterations):
 def in_turn(function, tasks, what):
     """What `in_processes` does, here: processes know of no monkeypatch."""
     return [function(*task) for task in tasks]
-
-
-@contextlib.contextmanager
-def processes():
-    """What `processes` does, here."""
-    with ThreadPoolExecutor(1) as worker:
-        yield worker
 
 
 def filled(name, found):

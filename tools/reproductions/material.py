@@ -1,21 +1,27 @@
 """Weights and images that several pages start from, and how they measure."""
-import contextlib
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
 from demo import WEIGHTS, run_tool
 from finetune_digits import Classifier, load_data
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 from torch import Tensor, nn
 
 from mmtune.analysis import peak_bytes
-from mmtune.analysis.modes import PAPERS_TUNE, put_in_mode
+from mmtune.analysis.modes import (
+    PAPERS_TUNE,
+    put_in_mode,
+    randomize_new_norms,
+)
+from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.timing import interleaved_seconds
 from mmtune.behaviours import convolution
 from mmtune.report import Report
@@ -23,14 +29,7 @@ from reproductions.page import Item
 
 
 def fetch_weights() -> str:
-    """Fetch the ImageNet weights of MobileNetV2 where they are missing.
-
-    Returns:
-        str: Where they are.
-    """
-    if not MMLogger.check_instance_created('reproductions'):
-        # MMEngine tells how every parameter was initialized.
-        MMLogger.get_instance('reproductions', log_level='WARNING')
+    """Fetch the ImageNet weights of MobileNetV2 where they are missing."""
     if not WEIGHTS.is_file():
         run_tool('model_converters/mobilenet_v2_to_mmdet.py', '--dst',
                  str(WEIGHTS))
@@ -53,6 +52,80 @@ def pretrained_classifier() -> nn.Module:
     model = Classifier(fetch_weights())
     model.init_weights()
     return model
+
+
+def random_model(path: str, part: str | None = None
+                 ) -> tuple[Config, nn.Module]:
+    """Build a model of MMDetection, its weights and statistics random.
+
+    Args:
+        path (str): Of its config.
+        part (str, optional): ``'backbone'`` for that alone, with nothing
+            frozen. Defaults to None: the whole detector.
+
+    Returns:
+        tuple[Config, nn.Module]: The config, of the part too, and the model.
+    """
+    register_all_modules(init_default_scope=False)
+    # Some warn of how newer configs name arguments.
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        config = load_config(path)
+        if part:
+            config.model = config.model[part]
+            config.pop('data_preprocessor', None)
+            # By default none is.
+            config.model.pop('frozen_stages', None)
+        torch.manual_seed(0)
+        model = build_model(config)
+    randomize_new_norms(model)
+    return config, model
+
+
+def total(step: dict) -> int:
+    """Give all bytes of a step, from those of a ``StepMemory``."""
+    return step['peak'] + step['resident']
+
+
+class Residual(nn.Module):
+    """A basic block of a ResNet; strides in the first convolution.
+
+    The shortcut is a convolution where the block strides, or ``projects``.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int,
+                 projects: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if projects or stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def small_resnet(channels: int, projects: bool = False) -> nn.Sequential:
+    """Build a ResNet for small images, with new weights, up to its last map.
+
+    Args:
+        channels (int): Of the images; of the map it is 64.
+        projects (bool): Whether the first block has a convolution in its
+            shortcut too. Defaults to False.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16), nn.ReLU(inplace=True),
+        Residual(16, 16, 1, projects), Residual(16, 32, 2),
+        Residual(32, 64, 2))
 
 
 def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
@@ -98,27 +171,16 @@ def in_processes(function: Callable[..., Item],
     Returns:
         list: What each call returned, in the order of the tasks.
     """
-    with processes() as workers:
-        futures = [workers.submit(function, *task) for task in tasks]
-        return [future.result() for future in track(futures, what)]
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[ProcessPoolExecutor]:
-    """Start the processes of :func:`in_processes`, for several functions.
-
-    Yields:
-        ProcessPoolExecutor: What has not begun when something raises inside,
-        never does.
-    """
     workers = ProcessPoolExecutor(
         os.cpu_count(),
         # A forked process hangs in torch where its parent had threads.
         multiprocessing.get_context('spawn'),
         _begin_process)
     try:
-        yield workers
+        futures = [workers.submit(function, *task) for task in tasks]
+        return [future.result() for future in track(futures, what)]
     finally:
+        # Where one raises, what has not begun never does.
         workers.shutdown(cancel_futures=True)
 
 

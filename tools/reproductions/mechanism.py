@@ -8,15 +8,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.mechanism_network import (
+from reproductions.mechanism_runs import (
     BATCH_SIZE,
     CORRECTED,
+    FINAL_STEPS,
     FINE_TUNED_ON,
     MODES,
     MOMENTUM,
+    run,
 )
-from reproductions.mechanism_runs import FINAL_STEPS, run
-from reproductions.page import Page, drawing, mean_spread, span, table
+from reproductions.page import Page, by, drawing, mean_spread, span, table
 
 Row = dict[str, Any]
 GUESSING = math.log(len(FINE_TUNED_ON))
@@ -82,18 +83,10 @@ def summarize(found: Row, swept: Row | None = None) -> list[Row]:
     return rows
 
 
-def by_times(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    """Group summaries by what the scales were multiplied by."""
-    return {
-        times: [row for row in rows if row['times'] == times]
-        for times in dict.fromkeys(row['times'] for row in rows)
-    }
-
-
 def grouped(rows: Sequence[Row],
             columns: dict[str, Callable[[list[Row]], object]]) -> str:
     """Write a table with a row for each group of checkpoints."""
-    return table(by_times(rows).values(), {
+    return table(by('times', rows).values(), {
         'scales': lambda group: f'x {group[0]["times"]:g}', **columns
     })
 
@@ -217,7 +210,7 @@ def figures(found: Row) -> dict[str, object]:
         blocks.update(row['runs'])
     return {
         'ratios': '; '.join(f'x {times:g}: {span(ratios(group))}'
-                            for times, group in by_times(rows).items()),
+                            for times, group in by('times', rows).items()),
         'pretrained': mean_spread(found['pretrained']),
         'steps': found['steps'],
         'momentum': MOMENTUM,
@@ -248,7 +241,7 @@ def claims(found: Row) -> dict[str, bool]:
         return distances(controls, gamma, mode)
 
     first = {times: sum(map(fails_first, group)) / len(group)
-             for times, group in by_times(rows).items()}
+             for times, group in by('times', rows).items()}
     return {
         'Deploy fails first where scales are multiplied by less than 1, and '
         'nowhere else':
@@ -271,31 +264,25 @@ def claims(found: Row) -> dict[str, bool]:
 @drawing(7)
 def plot(found: Row, figure: Figure) -> None:
     """Draw final losses against learning rates."""
-    groups = by_times(summarize(found))
+    groups = by('times', summarize(found))
     figure.set_size_inches(8, 1.2 + 2.3 * len(groups))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     top = 1.5 * GUESSING
     for axes, (times, rows) in zip(panels, groups.items()):
-        for index, mode in enumerate(MODES):
+        for mode, style in zip(MODES, ('C0-', 'C1--', 'C3-', 'C2:')):
             losses = zip(*(row['sweep'][mode]['losses'] for row in rows))
-            axes.plot(
-                found['lrs'],
-                # What diverges leaves the picture at its upper edge.
-                [statistics.median(top if loss is None else min(loss, top)
-                                   for loss in at_lr) for at_lr in losses],
-                ('-', '--', '-', ':')[index],
-                color=('C0', 'C1', 'C3', 'C2')[index],
-                label=mode)
+            # What diverges leaves the picture at its upper edge.
+            middle = [statistics.median(top if loss is None else
+                                        min(loss, top) for loss in at_lr)
+                      for at_lr in losses]
+            axes.plot(found['lrs'], middle, style, label=mode)
         draw_bounds(axes, rows)
         axes.axhline(GUESSING, color='lightgray', linewidth=1, zorder=0)
-        axes.set(
-            xscale='log',
-            ylabel='final loss',
-            ylim=(0, top),
-            title=f'scales x {times:g}, median {rows[0]["median"]:.2g}')
+        axes.set(xscale='log', ylabel='final loss', ylim=(0, top),
+                 title=f'scales x {times:g}, median {rows[0]["median"]:.2g}')
     panels[-1].set_xlabel('learning rate')
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper center', ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(),
+                  loc='outside upper center', ncols=3)
 
 
 def draw_bounds(axes: Axes, rows: Sequence[Row]) -> None:
@@ -305,12 +292,9 @@ def draw_bounds(axes: Axes, rows: Sequence[Row]) -> None:
         limits = [row['limit']['Tune'] * row['limits'][place] for row in rows
                   if row['limit']['Tune']]
         if limits:
-            axes.axvline(
-                statistics.median(limits),
-                color='gray',
-                linestyle=style,
-                linewidth=1,
-                label=f"{name}, from Tune's limit")
+            axes.axvline(statistics.median(limits), color='gray',
+                         linestyle=style, linewidth=1,
+                         label=f"{name}, from Tune's limit")
 
 
 PAGE = Page(run, figures, claims, plot)

@@ -1,5 +1,6 @@
 """Train from scratch, and freeze BatchNorm's statistics in mid-run."""
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -21,13 +22,15 @@ from reproductions.material import (
     in_processes,
     measure_in_turns,
     put_in_paper_mode,
+    small_resnet,
 )
 from reproductions.page import (
+    STEP_COLUMNS,
     Page,
     drawing,
+    each_mode,
     mean_spread,
-    mib,
-    quartiles_text,
+    ratios_to_train,
     table,
 )
 
@@ -36,34 +39,13 @@ LEARNED = 0.5
 # What a run may lose by freezing, of the same.
 TOLERANCE = 0.01
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions, the first with a stride, and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the block."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.bn3(self.shortcut(x)))
-
 
 class SmallResNet(BaseModel):
     """A residual network for small images, with new weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16),
-            nn.ReLU(inplace=True), Residual(16, 16, 1), Residual(16, 32, 2),
-            Residual(32, 64, 2))
+        self.backbone = small_resnet(3, projects=True)
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor, labels: Tensor, mode: str = 'tensor'):
@@ -161,8 +143,7 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         epochs: int = 15,
         size: int = 16,
         batch_size: int = 64,
-        rounds: int = 50,
-        work_dir: str = 'work_dirs/reproductions/scratch') -> dict:
+        rounds: int = 50) -> dict:
     """Train from each `begin` on, and measure what a step spares.
 
     Args:
@@ -175,7 +156,6 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         size (int): Height and width of the images in pixels.
         batch_size (int): Images a step.
         rounds (int): How many steps to time in each mode.
-        work_dir (str): For logs.
 
     Returns:
         dict: What was found, for the page.
@@ -189,11 +169,11 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
             f'compared with, and `controls`, but got {begins!r}, {controls!r}')
     kinds = [(begin, 'Tune') for begin in begins]
     kinds += [(begin, 'Eval') for begin in controls]
-    plan = [(lr, *kind, seed) for lr, kind, seed in
-            product(lrs, kinds, seeds)]
-    runs = in_processes(
-        train, [(*arguments, epochs, size, batch_size, work_dir)
-                for arguments in plan], 'Train from scratch')
+    with tempfile.TemporaryDirectory() as work_dir:
+        runs = in_processes(train, [
+            (lr, *kind, seed, epochs, size, batch_size, work_dir)
+            for lr, kind, seed in product(lrs, kinds, seeds)
+        ], 'Train from scratch')
     return dict(
         lrs=list(lrs), begins=list(begins), controls=list(controls),
         seeds=list(seeds), epochs=epochs, size=size, batch_size=batch_size,
@@ -226,12 +206,6 @@ def frozen(found: dict) -> list[int]:
     return sorted({*found['begins']} - {None})
 
 
-def ratios_to_train(found: dict, mode: str) -> list[float]:
-    """The time of a step as a multiple of Train's, round by round."""
-    seconds = found['step']['seconds']
-    return [a / b for a, b in zip(seconds[mode], seconds['Train'])]
-
-
 def loss_text(runs: Sequence[dict]) -> str:
     """Write the training loss in the end."""
     losses = [run['loss'][-1] for run in runs if run['loss'][-1] is not None]
@@ -261,7 +235,8 @@ def results_row(found: dict, lr: float, begin: int | None,
             f'{lr * (1 - math.cos(math.pi * share)) / 2:.4f}')
         row['steps after'] = f'{share:.0%}'
         if mode == 'Tune':
-            low, median, high = quartiles(ratios_to_train(found, 'Tune'))
+            low, median, high = quartiles(
+                ratios_to_train(found['step'], 'Tune'))
             row['time spared'] = ('unclear' if low <= 1 <= high else
                                   f'{share * (1 - median):+.1%}')
     if begin:
@@ -337,7 +312,6 @@ def figures(found: dict) -> dict[str, object]:
     harmless = [f'begin={begin} at a learning rate of {lr:g}'
                 for lr, begin in tried if is_harmless(found, lr, begin)]
     train_images, test_images = found['images']
-    peak = found['step']['peak']
     return {
         'harmless': len(harmless), 'tried': len(tried),
         'which': ', '.join(harmless) or 'none',
@@ -348,13 +322,7 @@ def figures(found: dict) -> dict[str, object]:
         'steps': math.ceil(train_images / found['batch_size']),
         'verdicts': verdicts(found),
         'results': '\n\n'.join(results(found, lr) for lr in found['lrs']),
-        'step': table(peak, {
-            'mode': str,
-            'peak, MiB': lambda mode: mib(peak[mode]),
-            'to Train': lambda mode: f'{peak[mode] / peak["Train"] - 1:+.1%}',
-            'time, Train = 1': lambda mode: quartiles_text(
-                ratios_to_train(found, mode))
-        }),
+        'step': table(each_mode([found['step']]), STEP_COLUMNS),
         'ran': ', '.join(f'{count} {how}' for how, count in
                          found['step']['ran'].items())
     }

@@ -12,7 +12,7 @@ from tests.tools.synthetic import doubted, filled, in_turn
 
 
 @pytest.fixture(scope='module')
-def found(tmp_path_factory):
+def found():
     """What a run finds, with few small images."""
     with pytest.MonkeyPatch.context() as patch:
         # conftest.py does so for each test, but not for this fixture.
@@ -34,8 +34,7 @@ def found(tmp_path_factory):
             epochs=2,
             size=8,
             batch_size=16,
-            rounds=2,
-            work_dir=str(tmp_path_factory.mktemp('work')))
+            rounds=2)
     return json.loads(json.dumps(found, allow_nan=False))
 
 
