@@ -15,7 +15,7 @@ from mmtune import turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.analysis.steps import difference
 from mmtune.api import latest_runs
-from reproductions.page import MIB, Page, drawing, mib, table
+from reproductions.page import MIB, Page, cell, drawing, mib, table
 
 CHANNELS = 32
 # Of an error in float64 that is rounding.
@@ -288,19 +288,19 @@ def figures(found: dict) -> dict[str, object]:
         channels=CHANNELS,
         maps=f'2 x {CHANNELS} x {found["size"]} x {found["size"]}',
         functions=table(rows, {
-            'normalization': lambda row: row['name'],
-            'statistics': lambda row: row['statistics'],
-            'from a, b': lambda row: f'{row["per_channel"]:.0e}',
-            'from affine': lambda row: f'{row["affine"]:.0e}',
+            'normalization': cell('', 'name'),
+            'statistics': cell('', 'statistics'),
+            'from a, b': cell('.0e', 'per_channel'),
+            'from affine': cell('.0e', 'affine'),
             'so it is': kind_of
         }),
         blocks=table(rows, {
-            'normalization': lambda row: row['name'],
+            'normalization': cell('', 'name'),
             'stock': lambda row: mib(row['kept']['Eval']),
             'Tune': lambda row: mib(row['kept']['Tune']),
-            'ran': lambda row: row['ran'],
-            'difference': lambda row: f'{row["error"]:.0e}',
-            'reason': lambda row: row['reason']
+            'ran': cell('', 'ran'),
+            'difference': cell('.0e', 'error'),
+            'reason': cell('', 'reason')
         }))
 
 
@@ -339,10 +339,8 @@ def plot(found: dict, figure: Figure) -> None:
     for offset, mode, color in ((-.2, 'Eval', 'tab:gray'),
                                 (.2, 'Tune', 'tab:green')):
         axes.barh([i + offset for i in range(len(rows))],
-                  [row['kept'][mode] / MIB for row in rows.values()],
-                  .4,
-                  color=color,
-                  label='stock' if mode == 'Eval' else 'Tune')
+                  [row['kept'][mode] / MIB for row in rows.values()], .4,
+                  color=color, label='stock' if mode == 'Eval' else 'Tune')
     axes.set_yticks(range(len(rows)), labels=list(rows))
     axes.invert_yaxis()
     axes.set(xlabel='kept for backward by convolution and normalization, MiB')

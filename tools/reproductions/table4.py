@@ -1,11 +1,13 @@
 """The paper's Table 4: whether a step here saves what it saves there."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from mmtune.analysis.estimate import AffineMemory, fit_affine
-from reproductions.page import MIB, Page, drawing, mib, span, table
+from reproductions.material import total
+from reproductions.page import MIB, Page, by, cell, drawing, mib, span, table
 from reproductions.table4_steps import MODES, SUSPECT, run
 
 NAMES = dict(MMEngine="MMEngine's rewrite", Tune='mmtune')
@@ -21,11 +23,6 @@ def paper_saving(row: dict) -> float:
     """
     before, after = row['gb']
     return (before - after) * 1000 * MIB
-
-
-def total(step: dict) -> int:
-    """All bytes of a step."""
-    return step['peak'] + step['resident']
 
 
 def fit(row: dict, value: Callable[[dict], int]) -> AffineMemory:
@@ -135,8 +132,8 @@ def rows_table(rows: Sequence[dict]) -> str:
 
     return table(rows, {
         'row': label,
-        'batch': lambda row: row['batch'],
-        'precision': lambda row: row['precision'],
+        'batch': itemgetter('batch'),
+        'precision': itemgetter('precision'),
         'paper: Eval → Tune (GB)':
         lambda row: '{:.3f} → {:.3f}'.format(*row['gb']),
         'Eval here (GB)': lambda row: f'{eval_gb(row):.3f}',
@@ -150,14 +147,6 @@ def rows_table(rows: Sequence[dict]) -> str:
     })
 
 
-def by_model(rows: Iterable[dict]) -> list[list[dict]]:
-    """Group rows by what they train."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row['model'], []).append(row)
-    return list(groups.values())
-
-
 def longest(rows: Sequence[dict]) -> dict:
     """Find the row with steps at the most batches."""
     return max(rows, key=lambda row: len(row['steps']))
@@ -165,8 +154,8 @@ def longest(rows: Sequence[dict]) -> dict:
 
 def several_batches(found: dict) -> list[dict]:
     """Find the rows of the model that the paper has at several batches."""
-    return next((rows for rows in by_model(found['rows']) if len(rows) > 2),
-                [])
+    models = by('model', found['rows']).values()
+    return next((rows for rows in models if len(rows) > 2), [])
 
 
 def fits(rows: Sequence[dict]) -> dict[str, AffineMemory]:
@@ -210,7 +199,7 @@ def halves(found: dict) -> dict[str, object]:
             for dtype in dict.fromkeys(found['autocast'].values())),
         'copies': table(half, {
             'row': label,
-            'batch': lambda row: row['batch'],
+            'batch': itemgetter('batch'),
             'as measured': lambda row: f'{ratio(row):.3f}',
             'with the copy': lambda row: f'{ratio_with_copy(row):.3f}'
         })
@@ -225,16 +214,16 @@ def suspects(found: dict) -> list[dict]:
 
 def steps_table(found: dict) -> str:
     """Lay out what every step takes."""
+    models = by('model', found['rows'] + found['suspected'])
     steps = [(row, batch, mode, step)
-             for row in map(longest, by_model(found['rows']
-                                              + found['suspected']))
+             for row in map(longest, models.values())
              for batch, by_mode in row['steps'].items()
              for mode, step in by_mode.items()]
     return table(steps, {
         'model': lambda it: label(it[0]),
-        'precision': lambda it: it[0]['precision'],
-        'batch': lambda it: it[1],
-        'mode': lambda it: it[2],
+        'precision': cell('', 0, 'precision'),
+        'batch': cell('', 1),
+        'mode': cell('', 2),
         'kept for backward': lambda it: mib(it[3]['kept']),
         'peak': lambda it: mib(it[3]['peak']),
         'resident': lambda it: mib(it[3]['resident'])
@@ -265,7 +254,7 @@ def figures(found: dict) -> dict[str, object]:
         'suspects': table(suspects(found), {
             'model': label,
             'Eval here (GB)': lambda row: f'{eval_gb(row):.3f}',
-            'paper: Eval (GB)': lambda row: f'{row["gb"][0]:.3f}',
+            'paper: Eval (GB)': cell('.3f', 'gb', 0),
             "MMEngine's saves here (MiB)":
             lambda row: saved_text(row, 'MMEngine'),
             'paper saves (MiB)': lambda row: f'{paper_saving(row) / MIB:.0f}',
