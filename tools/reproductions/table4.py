@@ -111,14 +111,12 @@ def saved_text(row: dict, mode: str) -> str:
 def verdict(rows: Sequence[dict]) -> str:
     """Count the rows that come out as the paper has them."""
     parts = []
-    for precision in ('FP32', 'FP16'):
-        ratios = [ratio(row) for row in rows if row['precision'] == precision]
-        if ratios:
-            close = sum(map(is_close, ratios))
-            parts.append(
-                f'{close} of {len(ratios)} rows in {precision} save within '
-                f"{TOLERANCE:.0%} of the paper's figure "
-                f'({span(ratios, ".3f")} times it)')
+    for precision, group in by('precision', rows).items():
+        ratios = list(map(ratio, group))
+        parts.append(
+            f'{sum(map(is_close, ratios))} of {len(ratios)} rows in '
+            f"{precision} save within {TOLERANCE:.0%} of the paper's figure "
+            f'({span(ratios, ".3f")} times it)')
     return ' and '.join(parts)
 
 
@@ -230,17 +228,10 @@ def steps_table(found: dict) -> str:
     })
 
 
-def scaling(row: dict) -> str:
-    """What the launch command needs where the config's batch is not 2."""
-    return '' if row['batch'] == 2 else ' --auto-scale-lr'
-
-
 def figures(found: dict) -> dict[str, object]:
     """Write what the page shows."""
     rows = found['rows']
     totals = {label(row): row['gb'][0] / eval_gb(row) for row in rows}
-    runs = [(row, *run) for row in rows
-            for run in zip((row['eval'], row['config']), row['ap'])]
     return {
         'verdict': verdict(rows),
         'shape': '{} x {}'.format(*found['shape']),
@@ -263,13 +254,7 @@ def figures(found: dict) -> dict[str, object]:
             lambda row: 'yes' if is_close(ratio(row)) else 'no',
             'paper / here': lambda row: f'{1 / ratio(row):.3f}'
         }),
-        'steps': steps_table(found),
-        'commands': table(runs, {
-            'command': lambda it: '`bash tools/dist_train.sh '
-            f'{it[1]} 8{scaling(it[0])}`',
-            "paper's box AP": lambda it: f'{it[2]:.2f}',
-            'here': lambda it: 'not run here'
-        })
+        'steps': steps_table(found)
     }
 
 
@@ -305,9 +290,8 @@ def plot(found: dict, figure: Figure) -> None:
     figure.set_size_inches(8, 1.8 + 0.35 * len(rows))
     axes = figure.subplots()
     places = range(len(rows))
-    axes.axvspan(
-        1 - TOLERANCE, 1 + TOLERANCE, color='tab:green', alpha=0.2,
-        label=f'within {TOLERANCE:.0%} of the paper')
+    axes.axvspan(1 - TOLERANCE, 1 + TOLERANCE, color='tab:green', alpha=0.2,
+                 label=f'within {TOLERANCE:.0%} of the paper')
     for mode, marker in zip(MODES[1:], 'ox'):
         axes.plot([ratio(row, mode) for row in rows], places, marker,
                   label=f'{NAMES[mode]}, here')

@@ -75,17 +75,9 @@ def run(shape: Sequence[int] = (800, 1344),
         ``weights`` from :func:`count_weights`; ``suspected``, the same of
         what a row may be in truth; and what :func:`kept_per_weight` and
         :func:`autocast_dtypes` find.
-
-    Raises:
-        ValueError: If there is no row of a name.
     """
-    rows = read_rows()
-    known = [row['name'] for row in rows]
-    for name in names or []:
-        if name not in known:
-            raise ValueError(f'Table 4 has no row {name!r}; name some of '
-                             f'{", ".join(known)}')
-    rows = [row for row in rows if names is None or row['name'] in names]
+    rows = [row for row in read_rows()
+            if names is None or row['name'] in names]
     suspected = [
         dict(row, name=Path(SUSPECTED).stem, eval=SUSPECTED) for row in rows
         if row['name'] == SUSPECT
