@@ -90,13 +90,7 @@ def run(modes: Sequence[str] = tuple(MODES),
         dict[str, Any]: ``iterations`` of a run; ``runs``, with ``mode``,
         ``seed``, ``mAP``, ``AP50`` and the ``losses`` of all iterations,
         None where one is not finite.
-
-    Raises:
-        ValueError: If a mode is unknown, or Eval or Tune is missing.
     """
-    if not {'Eval', 'Tune'} <= {*modes} <= {*MODES}:
-        raise ValueError('`modes` must hold Eval, Tune and any of '
-                         f'{", ".join(MODES)}, but got {list(modes)!r}')
     plan = [(mode, seed) for seed in seeds for mode in modes]
     plan.append((OTHER_THREADS, seeds[0]))
     fetch_trees()

@@ -147,9 +147,6 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         batches (Sequence[tuple[int, int]]): Images a step, and their height
             and width, in the counts beside Table 3. The first is taken for
             the paper's.
-
-    Returns:
-        dict: What was found, for the page.
     """
     settings = dict(epochs=epochs, size=size, batch_size=batch_size,
                     weights=fetch_weights())

@@ -28,28 +28,11 @@ SAME = 1e-9
 
 
 def failed(loss: float | None) -> bool:
-    """Tell whether a run has learned next to nothing, or diverged.
+    """Tell whether a final loss is not below half the loss of guessing.
 
-    Args:
-        loss (float | None): Its final loss; None if that is infinite.
-
-    Returns:
-        bool: Whether it is not below half the loss of guessing.
+    None is infinite.
     """
     return loss is None or loss >= GUESSING / 2
-
-
-def stable_limit(lrs: Sequence[float],
-                 losses: Sequence[float | None]) -> float | None:
-    """Find the largest learning rate that does not fail; None if all do."""
-    learned = [lr for lr, loss in zip(lrs, losses) if not failed(loss)]
-    return max(learned, default=None)
-
-
-def best_place(losses: Sequence[float | None]) -> int | None:
-    """Find the place of the run that learned best; None if all failed."""
-    places = [i for i, loss in enumerate(losses) if not failed(loss)]
-    return min(places, key=lambda i: losses[i], default=None)
 
 
 def summarize(found: Row, swept: Row | None = None) -> list[Row]:
@@ -62,24 +45,26 @@ def summarize(found: Row, swept: Row | None = None) -> list[Row]:
 
     Returns:
         list[dict]: For each checkpoint what
-        :func:`reproductions.mechanism_runs.describe` found; for each mode
-        its ``limit``, see :func:`stable_limit`, and the place of its
-        ``best`` learning rate; and the ``sweep`` of each mode.
+        :func:`reproductions.mechanism_runs.describe` found, and the ``lrs``;
+        for each mode the ``sweep``, its ``limit``, the largest learning rate
+        that does not fail, and the place of its ``best``, the one that
+        learned best; None where all fail.
     """
     swept = swept or found
     rows = []
     for scales in found['scales']:
-        sweeps = {
-            row['mode']: row for row in swept['sweeps']
-            if all(row[key] == scales[key] for key in ('times', 'seed'))
-        }
-        rows.append(scales | dict(
-            lrs=swept['lrs'],
-            sweep=sweeps,
-            limit={mode: stable_limit(swept['lrs'], row['losses'])
-                   for mode, row in sweeps.items()},
-            best={mode: best_place(row['losses'])
-                  for mode, row in sweeps.items()}))
+        row = dict(scales, lrs=swept['lrs'], sweep={}, limit={}, best={})
+        for sweep in swept['sweeps']:
+            if any(sweep[key] != scales[key] for key in ('times', 'seed')):
+                continue
+            mode, losses = sweep['mode'], sweep['losses']
+            learned = [i for i, loss in enumerate(losses) if not failed(loss)]
+            row['sweep'][mode] = sweep
+            row['limit'][mode] = max(
+                (row['lrs'][i] for i in learned), default=None)
+            row['best'][mode] = min(
+                learned, key=losses.__getitem__, default=None)
+        rows.append(row)
     return rows
 
 
@@ -205,9 +190,7 @@ def control_table(controls: Sequence[Row]) -> str:
 def figures(found: Row) -> dict[str, object]:
     """Write what the page shows."""
     rows, controls = summarize(found), found['controls']
-    blocks = Counter[str]()
-    for row in controls:
-        blocks.update(row['runs'])
+    blocks = sum((Counter(row['runs']) for row in controls), Counter())
     return {
         'ratios': '; '.join(f'x {times:g}: {span(ratios(group))}'
                             for times, group in by('times', rows).items()),

@@ -1,6 +1,6 @@
 """Which normalizations can be folded into a convolution, and which cannot."""
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -201,11 +201,8 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     output = model(x)
     output.square().sum().backward()
-    return dict(
-        output=output.detach(),
-        x=x.grad,
-        **{name: p.grad
-           for name, p in model.named_parameters()})
+    return dict(output=output.detach(), x=x.grad,
+                **{name: p.grad for name, p in model.named_parameters()})
 
 
 def kept(block: nn.Module, x: Tensor) -> int:
@@ -239,22 +236,12 @@ def measure(case: Case, size: int) -> dict[str, Any]:
             row.reason for row in report.left_out if row.bn == '0.1'))
 
 
-def run(size: int = 64, names: Sequence[str] = tuple(CASES)) -> dict:
-    """Try every normalization.
-
-    Args:
-        size (int): Height and width of the maps.
-        names (Sequence[str]): Keys of :data:`CASES`.
-
-    Returns:
-        dict: ``rows`` by name.
-    """
-    return dict(
-        size=size,
-        rows={
-            name: measure(CASES[name], size)
-            for name in track(names, 'Try normalizations')
-        })
+def run(size: int = 64) -> dict:
+    """Try every normalization, on maps of a height and width."""
+    return dict(size=size, rows={
+        name: measure(CASES[name], size)
+        for name in track(CASES, 'Try normalizations')
+    })
 
 
 def can_be_folded(row: dict) -> bool:

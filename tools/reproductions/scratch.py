@@ -156,17 +156,7 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         size (int): Height and width of the images in pixels.
         batch_size (int): Images a step.
         rounds (int): How many steps to time in each mode.
-
-    Returns:
-        dict: What was found, for the page.
-
-    Raises:
-        ValueError: If there is no run to compare with.
     """
-    if not {None, *controls} <= {*begins}:
-        raise ValueError(
-            '`begins` must hold None, the run that never freezes and is '
-            f'compared with, and `controls`, but got {begins!r}, {controls!r}')
     kinds = [(begin, 'Tune') for begin in begins]
     kinds += [(begin, 'Eval') for begin in controls]
     with tempfile.TemporaryDirectory() as work_dir:

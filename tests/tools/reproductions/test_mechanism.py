@@ -106,13 +106,19 @@ def test_training_stops_where_the_loss_is_infinite():
     assert not math.isfinite(losses[-1])
 
 
-@pytest.mark.parametrize('losses, limit', [
-    ([1.5, 0.3, None], 0.2),
-    ([0.3, None, 0.7], 0.4),
-    ([1.6, 0.9, None], None),
+@pytest.mark.parametrize('losses, limit, best', [
+    ([1.5, 0.3, None], 0.2, 1),
+    ([0.3, None, 0.7], 0.4, 0),
+    ([1.6, 0.9, None], None, None),
 ])
-def test_limit(losses, limit):
-    assert mechanism.stable_limit([0.1, 0.2, 0.4], losses) == limit
+def test_limit(losses, limit, best):
+    of = dict(times=1., seed=0)
+    row, = mechanism.summarize(dict(
+        scales=[of], lrs=[0.1, 0.2, 0.4],
+        sweeps=[dict(of, mode='Tune', losses=losses),
+                dict(of, seed=1, mode='Tune', losses=[0., 0., 0.])]))
+    assert row['limit']['Tune'] == limit
+    assert row['best']['Tune'] == best
 
 
 @pytest.mark.parametrize('losses, others, largest', [

@@ -171,12 +171,3 @@ def test_plot(found, tmp_path):
     scratch.plot(found, tmp_path / 'plot.png')
     image = mmcv.imread(str(tmp_path / 'plot.png'))
     assert image.shape[1] == 960 and image.std() > 10
-
-
-@pytest.mark.parametrize('wrong, message', [
-    (dict(begins=(0, 5)), 'must hold None'),
-    (dict(begins=(0, None), controls=(0, 7)), 'and `controls`, but got'),
-])
-def test_wrong_plans_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        scratch.run(**wrong)
