@@ -46,9 +46,7 @@ PAIRS = (('Tune', 'Eval'), ('Deploy', 'Eval'), ('Train', 'Eval'),
 def load_config(mode: str, seed: int) -> Config:
     """Make the config of a run.
 
-    Args:
-        mode (str): Of :data:`MODES`, or :data:`OTHER_THREADS`.
-        seed (int): Of the head, of batches and of how images are flipped.
+    The seed is that of the head, of batches and of how images are flipped.
     """
     base, changes = MODES.get(mode, MODES['Eval'])
     config = Config.fromfile(demo.MODES[base])
@@ -131,10 +129,7 @@ def compare(by_mode: Mapping[str, Runs], mode: str, other: str) -> Difference:
 def loss_differences(runs: Runs) -> dict[str, dict[str, float]]:
     """Compare loss curves that rounding tells apart, and those of seeds.
 
-    Returns:
-        dict[str, dict[str, float]]: For each pair what
-        :func:`demo.loss_differences` finds; not for runs in which a loss is
-        not finite.
+    By :func:`demo.loss_differences`; not where a loss is not finite.
     """
     losses = {(run['mode'], run['seed']): run['losses'] for run in runs}
     seeds = [seed for mode, seed in losses if mode == 'Eval']

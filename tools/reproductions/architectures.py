@@ -168,9 +168,8 @@ def total_saved(row: dict, mode: str = 'Tune') -> float:
 def foretold(share: float, ratio: float) -> float:
     """Foretell :func:`total_saved` from the share of what is kept.
 
-    Returns:
-        float: Where a step takes what is kept, and three times the weights:
-        themselves, their gradients, momentum.
+    As if a step took what is kept, and three times the weights: themselves,
+    their gradients, momentum.
     """
     return share * ratio / (ratio + 3)
 
@@ -238,12 +237,7 @@ def names(rows: Iterable[dict]) -> str:
 
 
 def less_in_deploy(rows: Iterable[dict]) -> dict[str, tuple[int, int]]:
-    """Find where Deploy saves less than Tune.
-
-    Returns:
-        dict[str, tuple[int, int]]: By name how many blocks are left out in
-        Deploy, and in Tune.
-    """
+    """Where Deploy saves less than Tune: how many blocks each leaves out."""
     return {
         row['name']: (row['modes']['Deploy']['left_out'],
                       row['modes']['Tune']['left_out'])

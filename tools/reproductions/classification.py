@@ -59,11 +59,7 @@ class ResNet50Classifier(nn.Module):
 
 def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
               settings: dict) -> dict:
-    """Run tools/finetune_digits.py, with settings for its Runner.
-
-    Returns:
-        dict: The first three arguments and the ``accuracy``, a share.
-    """
+    """Run tools/finetune_digits.py; tell what was run, and the accuracy."""
     runner = finetune_digits.build_runner(
         mode.lower(), seed, lr=lr, work_dir=f'{work_dir}/{lr:g}-{seed}',
         log_level='WARNING', activations=False, **settings)
@@ -88,12 +84,7 @@ def digits_step(mode: str, batch_size: int, size: int) -> Callable[[], None]:
 
 
 def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
-    """Count the memory of a step and time it.
-
-    Returns:
-        dict: The batch; of each mode the ``peak`` in bytes and the
-        ``seconds`` of each round.
-    """
+    """Measure a step of each mode; see :func:`measure_in_turns`."""
     steps = {mode: digits_step(mode, batch_size, size) for mode in COUNTED}
     return dict(
         batch_size=batch_size, size=size, **measure_in_turns(steps, rounds))

@@ -42,11 +42,10 @@ def fetch_trees() -> None:
 
 
 def pretrained_classifier() -> nn.Module:
-    """Build a classifier of digits whose head has learned nothing yet.
+    """Build a classifier of digits, the same in every call.
 
-    Returns:
-        nn.Module: MobileNetV2 with ImageNet weights and a linear layer,
-        which is the same in every call.
+    MobileNetV2 with ImageNet weights, and a linear layer that has learned
+    nothing yet.
     """
     torch.manual_seed(0)
     model = Classifier(fetch_weights())
@@ -56,15 +55,9 @@ def pretrained_classifier() -> nn.Module:
 
 def random_model(path: str, part: str | None = None
                  ) -> tuple[Config, nn.Module]:
-    """Build a model of MMDetection, its weights and statistics random.
+    """Build the model of a config, with random weights and statistics.
 
-    Args:
-        path (str): Of its config.
-        part (str, optional): ``'backbone'`` for that alone, with nothing
-            frozen. Defaults to None: the whole detector.
-
-    Returns:
-        tuple[Config, nn.Module]: The config, of the part too, and the model.
+    Or a ``part`` of it, such as its backbone, with nothing frozen.
     """
     register_all_modules(init_default_scope=False)
     # Some warn of how newer configs name arguments.
@@ -114,12 +107,9 @@ class Residual(nn.Module):
 
 
 def small_resnet(channels: int, projects: bool = False) -> nn.Sequential:
-    """Build a ResNet for small images, with new weights, up to its last map.
+    """Build a ResNet for small images, up to its last map of 64 channels.
 
-    Args:
-        channels (int): Of the images; of the map it is 64.
-        projects (bool): Whether the first block has a convolution in its
-            shortcut too. Defaults to False.
+    Its blocks project where they stride, and with ``projects`` the first too.
     """
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1, bias=False),
@@ -129,11 +119,9 @@ def small_resnet(channels: int, projects: bool = False) -> nn.Sequential:
 
 
 def digits(size: int, count: int, split: str = 'train') -> tuple[Tensor, ...]:
-    """Give handwritten digits as ImageNet networks take images.
+    """Give images of handwritten digits as ImageNet has them, and labels.
 
-    Returns:
-        tuple[Tensor, Tensor]: Images of shape (count, 3, size, size) of the
-        split ``'train'`` or ``'test'``, and labels.
+    Of the split ``'train'`` or ``'test'``; shape (count, 3, size, size).
     """
     data = load_data(size)[('train', 'test').index(split)]
     return data[:count]
@@ -160,16 +148,12 @@ def in_processes(function: Callable[..., Item],
     """Call a function in as many processes as there are cores.
 
     Each computes with one thread, which wastes less than several threads
-    that wait for each other.
+    that wait for each other. Not for what is timed.
 
     Args:
-        function (Callable): Of a module; not for what takes time into
-            account.
+        function (Callable): Of a module.
         tasks (Iterable[Sequence[object]]): Arguments for each call.
         what (str): What is being done, for the progress.
-
-    Returns:
-        list: What each call returned, in the order of the tasks.
     """
     workers = ProcessPoolExecutor(
         os.cpu_count(),
@@ -192,11 +176,7 @@ def _begin_process() -> None:
 
 def measure_in_turns(steps: Mapping[str, Callable[[], object]],
                      rounds: int) -> dict[str, dict]:
-    """Time steps in turns, then count the memory of each.
-
-    Args:
-        steps (Mapping[str, Callable]): What to take, by mode.
-        rounds (int): How many steps to time in each mode.
+    """Time the steps of several modes in turns, then count their memory.
 
     Returns:
         dict[str, dict]: By mode the ``peak`` in bytes, and the ``seconds``

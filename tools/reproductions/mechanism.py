@@ -109,11 +109,9 @@ def limit_table(rows: Sequence[Row]) -> str:
 
 
 def at_best(row: Row, mode: str, lr_of: str) -> tuple[float, float | None]:
-    """What a mode reaches at the best learning rate of another.
+    """Accuracy and final loss of a mode at the best learning rate of another.
 
-    Returns:
-        tuple[float, float | None]: The accuracy and the final loss, not
-        numbers where the other never learned.
+    Not numbers where the other never learned.
     """
     sweep, place = row['sweep'][mode], row['best'][lr_of]
     if place is None:

@@ -48,9 +48,8 @@ SHARES = (1., 0.9, 0.5)
 def build_model(classes: int) -> nn.Sequential:
     """Build a ResNet for images of 8 x 8 pixels.
 
-    Returns:
-        nn.Sequential: Nine convolutions, each with a BatchNorm, and a linear
-        layer, the last module, which starts from zero.
+    Nine convolutions, each with a BatchNorm, and a linear layer, which is the
+    last module and starts from zero.
     """
     model = nn.Sequential(
         *small_resnet(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -70,11 +69,7 @@ def reset_head(model: nn.Sequential) -> None:
 
 
 def load_data(classes: Sequence[int], seed: int) -> list[Tensor]:
-    """Load scikit-learn's handwritten digits.
-
-    Args:
-        classes (Sequence[int]): Which digits, one after the other.
-        seed (int): Of the split.
+    """Load scikit-learn's handwritten digits of some successive classes.
 
     Returns:
         list[Tensor]: Images of shape (n, 1, 8, 8) and labels from 0 on, to
@@ -93,11 +88,9 @@ def load_data(classes: Sequence[int], seed: int) -> list[Tensor]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int,
           lr: float, seed: int, weight_decay: float = 0.) -> list[float]:
-    """Train by SGD with momentum, in the mode that a model is in.
+    """Train by SGD with momentum, and give the loss of each step.
 
-    Returns:
-        list[float]: The loss of each step; only the last may not be finite:
-        there training stops.
+    Only the last may not be finite: there training stops.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -124,10 +117,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 @functools.cache
 def pretrain(seed: int, steps: int) -> tuple[nn.Sequential, float]:
     """Train on the first five digits, in Train mode.
-
-    Args:
-        seed (int): Of weights, split and batches.
-        steps (int): How many.
 
     Returns:
         tuple[nn.Sequential, float]: The model, to be copied, with a head

@@ -113,11 +113,9 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
 
 
 def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
-    """Count the memory of a training step and time it.
+    """Measure a training step of each mode; see :func:`measure_in_turns`.
 
-    Returns:
-        dict: For each mode the ``peak`` in bytes, and the ``seconds`` of
-        each round; ``ran``, how often the blocks of Tune ran how.
+    And how often the blocks of Tune ``ran`` how.
     """
     batch = load_data(size)[0][:batch_size]
     steps = {}

@@ -16,25 +16,13 @@ TOLERANCE = 0.05
 
 
 def paper_saving(row: dict) -> float:
-    """Read what Tune saved in the paper.
-
-    Returns:
-        float: Bytes. What is logged as GB are MiB divided by 1000.
-    """
+    """Read the bytes saved in the paper: GB as logged are MiB / 1000."""
     before, after = row['gb']
     return (before - after) * 1000 * MIB
 
 
 def fit(row: dict, value: Callable[[dict], int]) -> AffineMemory:
-    """Fit bytes over the batch.
-
-    Args:
-        row (dict): With ``steps`` at three batches or more.
-        value (Callable): Of the steps at a batch, the bytes.
-
-    Returns:
-        AffineMemory: The line.
-    """
+    """Fit a line to what a row's steps at three batches or more take."""
     return fit_affine([int(batch) for batch in row['steps']],
                       list(map(value, row['steps'].values())))
 
@@ -46,12 +34,7 @@ def saved_by(mode: str) -> Callable[[dict], int]:
 
 def at_batch(row: dict,
              value: Callable[[dict], int]) -> tuple[float, float | None]:
-    """Tell bytes at a row's batch.
-
-    Returns:
-        tuple[float, float | None]: Bytes, and the error where they are
-        extrapolated.
-    """
+    """Tell bytes at a row's batch, and the error of what is extrapolated."""
     steps = row['steps'].get(str(row['batch']))
     if steps is not None:
         return value(steps), None

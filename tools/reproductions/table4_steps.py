@@ -116,11 +116,7 @@ build = functools.lru_cache(maxsize=1)(random_model)
 
 def measure(path: str, precision: str, batch: int, mode: str,
             shape: Sequence[int]) -> dict:
-    """Take a step with the backbone in a mode.
-
-    Returns:
-        dict: Bytes ``kept`` for backward, ``peak`` and ``resident``.
-    """
+    """Take a step with the backbone in a mode, and count its bytes."""
     config, stock = build(path)
     model = copy.deepcopy(stock)
     height, width = shape
@@ -131,11 +127,7 @@ def measure(path: str, precision: str, batch: int, mode: str,
 
 
 def count_weights(row: dict) -> int:
-    """Count the numbers in the weights that Tune folds in training.
-
-    Returns:
-        int: Of the backbone's convolutions, the frozen ones left out.
-    """
+    """Count the numbers in the weights of the backbone that learn."""
     _, model = build(row['eval'])
     return sum(
         module.weight.numel() for module in model.backbone.modules()
@@ -145,9 +137,8 @@ def count_weights(row: dict) -> int:
 def kept_per_weight() -> dict[str, dict[str, float]]:
     """Count what a block keeps for backward beside feature maps.
 
-    Returns:
-        dict[str, dict[str, float]]: Bytes for each number in the weight, by
-        precision and mode, of a block whose feature maps have one pixel.
+    In bytes for each number in its weight, by precision and mode. The feature
+    maps have one pixel.
     """
     found: dict[str, dict[str, float]] = {}
     for precision, mode in itertools.product(('FP32', 'FP16'), MODES):
@@ -168,11 +159,7 @@ def kept_per_weight() -> dict[str, dict[str, float]]:
 
 
 def autocast_dtypes() -> dict[str, str]:
-    """Look at what a CPU's autocast makes of halves.
-
-    Returns:
-        dict[str, str]: The dtype of the output of operations on halves.
-    """
+    """Tell the dtype that a CPU's autocast makes of halves, by operation."""
     x = torch.randn(2, 8, 8, 8, dtype=torch.bfloat16)
     operations = {
         'convolution': nn.Conv2d(8, 8, 3),
