@@ -18,6 +18,7 @@ from reproductions.page import (
     Difference,
     Page,
     by,
+    cell,
     drawing,
     mean_spread,
     table,
@@ -188,22 +189,21 @@ def figures(found: dict[str, Any]) -> dict[str, object]:
             compare(by_mode, mode, 'Eval')
         }),
         'pairs': table(pairs, {
-            'mode': lambda pair: pair[0],
-            'against': lambda pair: pair[1],
+            'mode': cell('', 0),
+            'against': cell('', 1),
             'difference of mAP': pairs.get,
             'more than chance explains': lambda pair:
             'yes' if pairs[pair].is_certain else 'not known'
         }),
         'losses': table(loss_differences(runs).items(), {
-            'runs': lambda it: it[0],
-            'first iteration': lambda it: f'{it[1]["first"]:.1e}',
-            'first ten': lambda it: f'{it[1]["first_10"]:.1e}',
-            'all': lambda it: f'{it[1]["all"]:.1e}'
+            'runs': cell('', 0),
+            'first iteration': cell('.1e', 1, 'first'),
+            'first ten': cell('.1e', 1, 'first_10'),
+            'all': cell('.1e', 1, 'all')
         }),
         'rounding': f'{rounding_ratio(runs):.2g}',
-        'threads': '{:+.3f}'.format(threads['mAP'] - next(
-            run['mAP'] for run in by_mode['Eval']
-            if run['seed'] == threads['seed'])),
+        # Of the first seed, as is the run with other threads.
+        'threads': f'{threads["mAP"] - maps["Eval"][0]:+.3f}',
         'spreads': ', '.join(f'{max(values) - min(values):.3f} in {mode}'
                              for mode, values in maps.items())
     }
