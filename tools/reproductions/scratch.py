@@ -2,7 +2,7 @@
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from operator import itemgetter
 
@@ -261,9 +261,9 @@ def controls(found: dict, lr: float) -> list[tuple[float, float]]:
           for mode in ('Tune', 'Eval')))]
 
 
-def count_alike(pairs: Sequence[tuple[float, float]]) -> int:
-    """Count where both have learned, or both have not."""
-    return sum((a < LEARNED) == (b < LEARNED) for a, b in pairs)
+def alike(one: float, other: float) -> bool:
+    """Tell whether both have learned, or both have not."""
+    return (one < LEARNED) == (other < LEARNED)
 
 
 def verdicts(found: dict) -> str:
@@ -273,21 +273,18 @@ def verdicts(found: dict) -> str:
         return ', '.join(str(begin) for begin in frozen(found) if
                          is_harmless(found, lr, begin) == harmless) or 'none'
 
-    def fail(lr: float) -> str:
+    def count(lr: float, holds: Callable[[float, float], bool]) -> str:
         pairs = controls(found, lr)
-        return f'{sum(b < LEARNED for _, b in pairs)} of {len(pairs)}'
-
-    def alike(lr: float) -> str:
-        pairs = controls(found, lr)
-        return f'{count_alike(pairs)} of {len(pairs)}'
+        return f'{sum(holds(*pair) for pair in pairs)} of {len(pairs)}'
 
     return table(found['lrs'], {
         'learning rate': '{:g}'.format,
         'no harm with `begin` =': lambda lr: begins(lr, True),
         'harm with': lambda lr: begins(lr, False),
         'learned, and failed when frozen': lambda lr: collapse(found, lr),
-        'controls that fail': fail,
-        'end as in Tune': alike,
+        'controls that fail': lambda lr: count(
+            lr, lambda _, control: control < LEARNED),
+        'end as in Tune': lambda lr: count(lr, alike),
         'accuracies apart by': lambda lr:
         f'{max(abs(a - b) for a, b in controls(found, lr)):.3f}'
     })
@@ -326,8 +323,7 @@ def claims(found: dict) -> dict[str, bool]:
         'that a network works with the statistics is not enough':
         all(collapse(found, lr) != 'none' for lr in lrs),
         'controls fail or learn as Tune does, so that freezing does it':
-        all(count_alike(controls(found, lr)) == len(controls(found, lr))
-            for lr in lrs),
+        all(alike(*pair) for lr in lrs for pair in controls(found, lr)),
         'frozen from the start, no network learns':
         all(max(final(runs_of(found, lr, 0))) < LEARNED for lr in lrs)
     }
