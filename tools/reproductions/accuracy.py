@@ -63,7 +63,7 @@ def train(mode: str, seed: int) -> dict[str, Any]:
     config = load_config(mode, seed)
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
-        # Of one name, there is one in a process, with one folder.
+        # A process has one visualizer of a name, which has one folder.
         config.visualizer.name = folder
         launch.build_runner(config).train()
         scalars = demo.read_scalars(Path(folder))
