@@ -8,22 +8,22 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import MMLogger
-from reproductions import records
 from reproductions.page import Page, duration, fill, table, without_places
 
 from mmtune.analysis.machine import describe_commit, describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where the prose of the pages is.
-TEXTS = ROOT / 'docs' / 'en'
+DOCS = ROOT / 'docs/en'
 # What of the paper each is about.
 NAMES = {
     'table4': 'Table 4, memory',
@@ -51,12 +51,6 @@ def parse_args() -> argparse.Namespace:
         metavar='NAME',
         help=f'of {", ".join(NAMES)} (default: all)')
     parser.add_argument(
-        '--docs',
-        type=Path,
-        default=Path('docs/en'),
-        metavar='FOLDER',
-        help='where the pages are written (default: %(default)s)')
-    parser.add_argument(
         '--render',
         action='store_true',
         help='run nothing, but write pages and plots from the JSON files')
@@ -73,18 +67,39 @@ def load(name: str) -> Page:
     return importlib.import_module(f'reproductions.{name}').PAGE
 
 
-def source(name: str) -> str:
-    """Tell under which name the figures of a page are measured."""
-    return SOURCES.get(name, name)
+def file_of(name: str, suffix: str) -> Path:
+    """Name a file of a page: its text, its plot or, of another's, its JSON."""
+    if suffix == '.json':
+        name = SOURCES.get(name, name)
+    return DOCS / 'reproduction' / f'{name}{suffix}'
 
 
-def measure(name: str, folder: Path) -> None:
-    """Run one reproduction, and keep its figures.
+def read_record(name: str) -> dict[str, Any]:
+    """Read what :func:`measure` has written for a page."""
+    return json.loads(file_of(name, '.json').read_text())
 
-    Args:
-        name (str): Of :data:`NAMES`.
-        folder (Path): Where ``NAME.json`` is written.
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write plain data as JSON, a line for each row of numbers.
+
+    Floats are rounded to 9 digits, which tell every float32 from its
+    neighbours.
+
+    Raises:
+        ValueError: If a number is not finite.
     """
+    plain = json.loads(
+        json.dumps(record, allow_nan=False),
+        parse_float=lambda text: float(f'{float(text):.9g}'))
+    text = json.dumps(plain, indent=1, separators=(', ', ': '))
+    # What holds neither lists nor objects is on one line.
+    text = re.sub(r'[\[{][^][{}]*[\]}]',
+                  lambda match: re.sub('\n *', '', match[0]), text)
+    path.write_text(re.sub(' +\n', '\n', text) + '\n')
+
+
+def measure(name: str) -> None:
+    """Run one reproduction, and keep its figures."""
     # MMEngine tells every parameter's learning rate as a matter of course.
     MMLogger.get_instance('reproduce', log_level='WARNING')
     # At the start: later the repository may have changed.
@@ -95,89 +110,45 @@ def measure(name: str, folder: Path) -> None:
     start = time.monotonic()
     found = load(name).run()
     record |= dict(seconds=round(time.monotonic() - start), found=found)
-    records.write(folder / f'{name}.json', record)
+    write_record(file_of(name, '.json'), record)
 
 
-def measure_all(names: Iterable[str], docs: Path) -> list[str]:
-    """Run several reproductions.
+def measure_all(names: Iterable[str]) -> list[str]:
+    """Run several reproductions, and tell which failed.
 
     Each in a process of its own, or the settings that one leaves behind would
     be those of the next.
-
-    Args:
-        names (Iterable[str]): Of :data:`NAMES`.
-        docs (Path): The folder with ``reproduction/``.
-
-    Returns:
-        list[str]: Those that failed.
     """
     failed = []
     for name in names:
         print(f'== {name}', flush=True)
-        command = [sys.executable, __file__, name, '--docs', str(docs)]
-        if subprocess.run(command).returncode:
+        if subprocess.run([sys.executable, __file__, name]).returncode:
             failed.append(name)
     return failed
 
 
-def render(name: str, folder: Path) -> None:
-    """Write the page and the plot of a reproduction from its figures.
-
-    Args:
-        name (str): Of :data:`NAMES`.
-        folder (Path): With the JSON of its :func:`source`.
-    """
-    record = json.loads((folder / f'{source(name)}.json').read_text())
-    page = load(name)
-    page.plot(record['found'], folder / f'{name}.png')
-    (folder / f'{name}.md').write_text(write_page(name, record))
+def render(name: str) -> None:
+    """Write the page and the plot of a reproduction from its figures."""
+    record, page = read_record(name), file_of(name, '.md')
+    load(name).plot(record['found'], file_of(name, '.png'))
+    page.write_text(load(name).write(page.read_text(), record))
 
 
-def write_page(name: str, record: dict) -> str:
-    """Fill a page with what was found.
-
-    Args:
-        name (str): Of :data:`NAMES`.
-        record (dict): From :func:`measure`.
-
-    Returns:
-        str: Markdown.
-    """
-    text = (TEXTS / f'reproduction/{name}.md').read_text()
-    return load(name).write(text, record)
-
-
-def write_index(docs: Path) -> str:
-    """Write the page that leads to the others.
-
-    Args:
-        docs (Path): The folder with ``reproduction/``.
-
-    Returns:
-        str: Markdown.
-    """
-    folder = docs / 'reproduction'
-    done = [name for name in NAMES
-            if (folder / f'{source(name)}.json').is_file()]
-    records_ = {name: json.loads((folder / f'{name}.json').read_text())
-                for name in dict.fromkeys(map(source, done))}
-    # What has not been run has no page in another folder.
-    heads = {name: read_head((folder if name in done else
-                              TEXTS / 'reproduction') / f'{name}.md')
-             for name in NAMES}
-    parts = [table(done, {
+def write_index() -> str:
+    """Write the page that leads to the others, in Markdown."""
+    done = [name for name in NAMES if file_of(name, '.json').is_file()]
+    records = {name: read_record(name) for name in done}
+    heads = {name: read_head(file_of(name, '.md')) for name in done}
+    pages = table(done, {
         'page': lambda name: f'[{heads[name][0]}](reproduction/{name}.md)',
         'of the paper': NAMES.get,
         'what came out': lambda name: heads[name][1],
-        'time': lambda name: duration(records_[source(name)]['seconds'])
-    })]
-    if done:
-        parts.append(totals(records_.values()))
-    missing = [f'- {heads[name][0]}' for name in NAMES if name not in done]
-    if missing:
-        parts += ['Not run here:', '\n'.join(missing)]
-    return fill((TEXTS / 'reproduction.md').read_text(),
-                dict(pages='\n\n'.join(parts)))
+        'time': lambda name: duration(records[name]['seconds'])
+    })
+    runs = totals(record for name, record in records.items()
+                  if name not in SOURCES)
+    return fill((DOCS / 'reproduction.md').read_text(),
+                dict(pages=f'{pages}\n\n{runs}'))
 
 
 def read_head(page: Path) -> tuple[str, str]:
@@ -202,19 +173,16 @@ def main() -> None:
     warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     args = parse_args()
-    folder = args.docs / 'reproduction'
-    wanted = dict.fromkeys(map(source, args.names or NAMES))
+    wanted = {SOURCES.get(name, name) for name in args.names or NAMES}
     failed = []
     if not args.render and len(wanted) == 1:
-        measure(*wanted, folder)
+        measure(*wanted)
     elif not args.render:
-        failed = measure_all(wanted, args.docs)
+        failed = measure_all(name for name in NAMES if name in wanted)
     for name in NAMES:
-        measured = source(name)
-        if (measured in wanted and measured not in failed
-                and (folder / f'{measured}.json').is_file()):
-            render(name, folder)
-    (args.docs / 'reproduction.md').write_text(write_index(args.docs))
+        if SOURCES.get(name, name) in wanted.difference(failed):
+            render(name)
+    (DOCS / 'reproduction.md').write_text(write_index())
     if failed:
         sys.exit(f'{", ".join(failed)} failed; the messages are above.')
 

@@ -1,6 +1,4 @@
 """Stand-ins for what is fetched, and for what takes processes of its own."""
-import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +56,12 @@ def in_turn(function, tasks, what):
     return [function(*task) for task in tasks]
 
 
-@contextlib.contextmanager
-def processes():
-    """What `processes` does, here."""
-    with ThreadPoolExecutor(1) as worker:
-        yield worker
-
-
 def filled(name, found):
     """A page with other figures, as words with single spaces between."""
     record = dict(command='', seconds=0, cpu='', cores=1, device='CPU',
                   torch='', mmtune='', commit='', found=found)
-    page = reproduce.write_page(name, record)
+    text = reproduce.file_of(name, '.md').read_text()
+    page = reproduce.load(name).write(text, record)
     return ' '.join(without_places(page).split())
 
 

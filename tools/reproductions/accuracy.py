@@ -1,27 +1,28 @@
 """How well a detector of trees learns in each of the paper's modes."""
-import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
-import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import demo
+import launch
+import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
-from mmtune.analysis.machine import describe_commit
 from reproductions.material import fetch_trees, fetch_weights, in_processes
-from reproductions.page import Difference, Page, drawing, mean_spread, table
-
-# Relative to the folder that this is started in, as are the configs' paths.
-WORK_DIR = Path('work_dirs/reproduce/accuracy')
+from reproductions.page import (
+    Difference,
+    Page,
+    by,
+    cell,
+    drawing,
+    mean_spread,
+    table,
+)
 
 NORM_TRAINS = {'model.backbone.norm_eval': False}
 NOT_PRETRAINED = {'model.backbone.init_cfg': None}
@@ -43,91 +44,38 @@ PAIRS = (('Tune', 'Eval'), ('Deploy', 'Eval'), ('Train', 'Eval'),
          ('Eval, from scratch', 'Train, from scratch'))
 
 
-@dataclass(frozen=True)
-class Training:
-    """One run of ``tools/train.py``.
+def load_config(mode: str, seed: int) -> Config:
+    """Make the config of a run.
 
-    Attributes:
-        mode (str): Of :data:`MODES`, or :data:`OTHER_THREADS`.
-        seed (int): Of the head, of batches and of how images are flipped.
+    The seed is that of the head, of batches and of how images are flipped.
     """
-
-    mode: str
-    seed: int
-
-    @property
-    def threads(self) -> int:
-        """How many torch computes with."""
-        return 2 if self.mode == OTHER_THREADS else 1
-
-    @property
-    def config(self) -> Path:
-        """What is run, but for the options."""
-        return demo.MODES[MODES.get(self.mode, ('Eval', ))[0]]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is changed in the config."""
-        changes = MODES[self.mode][1] if self.mode in MODES else {}
-        return {**changes, 'randomness.seed': self.seed}
-
-    @property
-    def folder(self) -> Path:
-        """Its work dir."""
-        name = f'{self.mode}_seed-{self.seed}'.lower()
-        return WORK_DIR / name.replace(', ', '_').replace(' ', '-')
-
-    def load_config(self) -> Config:
-        """Make the config that ``tools/train.py`` will run."""
-        config = Config.fromfile(self.config)
-        config.merge_from_dict(self.options)
-        return config
-
-    def command(self) -> list[str]:
-        """Tell how it is started."""
-        return [
-            sys.executable, str(demo.TOOLS / 'train.py'), str(self.config),
-            '--work-dir', str(self.folder), '--cfg-options',
-            *(f'{key}={value}' for key, value in self.options.items())
-        ]
-
-    def is_finished(self, commit: str | None) -> bool:
-        """Tell whether it was completed, at the same commit."""
-        if not demo.is_finished(self.folder, self.load_config()):
-            return False
-        record = json.loads((self.folder / 'run.json').read_text())
-        # Nobody knows what is in a changed tree.
-        known = commit and not commit.endswith('-dirty')
-        return bool(known) and record.get('commit') == commit
+    base, changes = MODES.get(mode, MODES['Eval'])
+    config = Config.fromfile(demo.MODES[base])
+    config.merge_from_dict({
+        **changes, 'randomness.seed': seed, 'log_level': 'WARNING'
+    })
+    return config
 
 
-def train(training: Training, commit: str | None) -> None:
-    """Train, in a process of its own, unless this very code has done so.
-
-    Raises:
-        RuntimeError: If it fails.
-    """
-    if training.is_finished(commit):
-        return
-    shutil.rmtree(training.folder, ignore_errors=True)
-    process = subprocess.run(
-        training.command(),
-        env=os.environ | dict(OMP_NUM_THREADS=str(training.threads)),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors='replace')
-    if process.returncode:
-        end = '\n'.join(process.stdout.splitlines()[-40:])
-        raise RuntimeError(f'training in {training.folder.name} failed with '
-                           f'status {process.returncode}:\n{end}')
-    # Written last: a run without it was interrupted.
-    (training.folder / 'run.json').write_text(
-        json.dumps(dict(config=training.load_config().pretty_text,
-                        commit=commit)))
+def train(mode: str, seed: int) -> dict[str, Any]:
+    """Train as ``tools/train.py`` does, and read what it logs."""
+    torch.set_num_threads(2 if mode == OTHER_THREADS else 1)
+    config = load_config(mode, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config.work_dir = folder
+        # A process has one visualizer of a name, which has one folder.
+        config.visualizer.name = folder
+        launch.build_runner(config).train()
+        scalars = demo.read_scalars(Path(folder))
+    losses = [loss if math.isfinite(loss) else None
+              for loss in scalars['losses']]
+    return dict(mode=mode, seed=seed, mAP=scalars['mAP'],
+                AP50=scalars['AP50'], losses=losses)
 
 
 def run(modes: Sequence[str] = tuple(MODES),
         seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
-    """Train in each mode from each seed; this commit's runs are reused.
+    """Train in each mode from each seed.
 
     One more run of Eval, with another thread count, shows what rounding
     alone does.
@@ -141,39 +89,14 @@ def run(modes: Sequence[str] = tuple(MODES),
         dict[str, Any]: ``iterations`` of a run; ``runs``, with ``mode``,
         ``seed``, ``mAP``, ``AP50`` and the ``losses`` of all iterations,
         None where one is not finite.
-
-    Raises:
-        ValueError: If a mode is unknown, or Eval or Tune is missing.
-        RuntimeError: If a run fails.
     """
-    if not {'Eval', 'Tune'} <= {*modes} <= {*MODES}:
-        raise ValueError('`modes` must hold Eval, Tune and any of '
-                         f'{", ".join(MODES)}, but got {list(modes)!r}')
-    trainings = [Training(mode, seed) for seed in seeds for mode in modes]
-    trainings.append(Training(OTHER_THREADS, seeds[0]))
+    plan = [(mode, seed) for seed in seeds for mode in modes]
+    plan.append((OTHER_THREADS, seeds[0]))
     fetch_trees()
     fetch_weights()
-    commit = describe_commit(demo.TOOLS)
-    in_processes(train, [(training, commit) for training in trainings],
-                 'Train')
     return dict(
-        iterations=trainings[0].load_config().train_cfg.max_iters,
-        runs=[
-            dict(mode=training.mode, seed=training.seed, **read(training))
-            for training in trainings
-        ])
-
-
-def read(training: Training) -> dict[str, Any]:
-    """Read ``mAP``, ``AP50`` and ``losses`` of a finished run."""
-    scalars = demo.read_scalars(training.folder)
-    return dict(
-        mAP=scalars['mAP'],
-        AP50=scalars['AP50'],
-        losses=[
-            loss if math.isfinite(loss) else None
-            for loss in scalars['losses']
-        ])
+        iterations=load_config(*plan[0]).train_cfg.max_iters,
+        runs=in_processes(train, plan, 'Train'))
 
 
 Runs = Sequence[dict[str, Any]]
@@ -181,11 +104,7 @@ Runs = Sequence[dict[str, Any]]
 
 def group(runs: Runs) -> dict[str, list[dict[str, Any]]]:
     """Sort runs by modes, without the one that has another thread count."""
-    modes = dict.fromkeys(run['mode'] for run in runs)
-    return {
-        mode: [run for run in runs if run['mode'] == mode]
-        for mode in modes if mode != OTHER_THREADS
-    }
+    return by('mode', [run for run in runs if run['mode'] != OTHER_THREADS])
 
 
 def final_loss(losses: Sequence[float | None]) -> float | None:
@@ -211,10 +130,7 @@ def compare(by_mode: Mapping[str, Runs], mode: str, other: str) -> Difference:
 def loss_differences(runs: Runs) -> dict[str, dict[str, float]]:
     """Compare loss curves that rounding tells apart, and those of seeds.
 
-    Returns:
-        dict[str, dict[str, float]]: For each pair what
-        :func:`demo.loss_differences` finds; not for runs in which a loss is
-        not finite.
+    By :func:`demo.loss_differences`; not where a loss is not finite.
     """
     losses = {(run['mode'], run['seed']): run['losses'] for run in runs}
     seeds = [seed for mode, seed in losses if mode == 'Eval']
@@ -273,22 +189,21 @@ def figures(found: dict[str, Any]) -> dict[str, object]:
             compare(by_mode, mode, 'Eval')
         }),
         'pairs': table(pairs, {
-            'mode': lambda pair: pair[0],
-            'against': lambda pair: pair[1],
+            'mode': cell('', 0),
+            'against': cell('', 1),
             'difference of mAP': pairs.get,
             'more than chance explains': lambda pair:
             'yes' if pairs[pair].is_certain else 'not known'
         }),
         'losses': table(loss_differences(runs).items(), {
-            'runs': lambda it: it[0],
-            'first iteration': lambda it: f'{it[1]["first"]:.1e}',
-            'first ten': lambda it: f'{it[1]["first_10"]:.1e}',
-            'all': lambda it: f'{it[1]["all"]:.1e}'
+            'runs': cell('', 0),
+            'first iteration': cell('.1e', 1, 'first'),
+            'first ten': cell('.1e', 1, 'first_10'),
+            'all': cell('.1e', 1, 'all')
         }),
         'rounding': f'{rounding_ratio(runs):.2g}',
-        'threads': '{:+.3f}'.format(threads['mAP'] - next(
-            run['mAP'] for run in by_mode['Eval']
-            if run['seed'] == threads['seed'])),
+        # Of the first seed, as is the run with other threads.
+        'threads': f'{threads["mAP"] - maps["Eval"][0]:+.3f}',
         'spreads': ', '.join(f'{max(values) - min(values):.3f} in {mode}'
                              for mode, values in maps.items())
     }

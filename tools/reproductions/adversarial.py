@@ -5,7 +5,16 @@ from collections.abc import Callable
 from matplotlib.figure import Figure
 
 from reproductions.adversarial_runs import EXACT_MODES, MODES, run
-from reproductions.page import MIB, Page, drawing, mib, sheet, span, table
+from reproductions.page import (
+    MIB,
+    Page,
+    cell,
+    drawing,
+    mib,
+    sheet,
+    span,
+    table,
+)
 
 # What is a success of each target.
 SUCCESS = dict(classifier='digits recognised', detector='trees found')
@@ -36,12 +45,11 @@ def figures(found: dict) -> dict[str, object]:
         'signs': signs(targets)
     }
     for name, target in targets.items():
-        values |= {
-            f'{name}-shape': ' x '.join(map(str, target['shape'])),
-            f'{name}-perturbation': perturbations(target, found['steps']),
-            f'{name}-success': successes(name, target),
-            f'{name}-cost': costs(target)
-        }
+        values[f'{name}-shape'] = ' x '.join(map(str, target['shape']))
+        rows = [dict(row, mode=mode) for mode, row in target['rows'].items()]
+        for kind, columns in tables(name, target, found['steps']).items():
+            values[f'{name}-{kind}'] = table(
+                rows, {'mode': cell('', 'mode'), **columns})
     return values
 
 
@@ -51,87 +59,66 @@ def signs(targets: dict[str, dict]) -> str:
     def count(target: dict, share: float) -> str:
         return f'{share * math.prod(target["shape"]):.0f}'
 
-    def flipped(key: str, spec: str) -> Callable[[dict], str]:
-        return lambda target: format(
-            target['rows']['Tune']['from_eval'][key], spec)
-
-    def missed(mode: str) -> Callable[[dict], str]:
-        return lambda target: f'{target["rows"][mode]["from_exact"][-1]:.1%}'
-
     def apart(target: dict) -> str:
         stock, tune = (target['rows'][mode]['losses'][1]
                        for mode in EXACT_MODES)
         return f'{abs(tune / stock - 1):.1%}'
 
+    from_eval = 'rows', 'Tune', 'from_eval'
     return sheet('', targets, {
         'values in the images': lambda it: math.prod(it['shape']),
         'in float64: values that differ after the last step':
         lambda it: count(it, it['exact']['differing'][-1]),
-        'losses differ by at most':
-        lambda it: f'{it["exact"]["loss_difference"]:.1e}',
+        'losses differ by at most': cell('.1e', 'exact', 'loss_difference'),
         'in float32: signs that differ in the first step':
-        flipped('flipped', 'd'),
+        cell('d', *from_eval, 'flipped'),
         "Eval's that differ from those in float64 there":
         lambda it: count(it, it['rows']['Eval']['from_exact'][0]),
         'the gradient at these values, of the usual (medians)':
-        flipped('median_flipped', '.1e'),
-        'the same, at most': flipped('largest_flipped', '.1e'),
-        'in the end Eval misses of what float64 finds': missed('Eval'),
-        'and Tune': missed('Tune'),
+        cell('.1e', *from_eval, 'median_flipped'),
+        'the same, at most': cell('.1e', *from_eval, 'largest_flipped'),
+        'in the end Eval misses of what float64 finds':
+        cell('.1%', 'rows', 'Eval', 'from_exact', -1),
+        'and Tune': cell('.1%', 'rows', 'Tune', 'from_exact', -1),
         'the losses that they reach differ by': apart,
         'blocks of Tune, by how they ran': lambda it: ', '.join(
             f'{count} {kind}' for kind, count in it['ran'].items())
     })
 
 
-def perturbations(target: dict, steps: int) -> str:
-    """Lay out by how much perturbations differ from those of Eval."""
-    rows = target['rows']
-    return table(rows, {
-        'mode': str,
-        'differs from Eval after 1 step':
-        lambda mode: f'{rows[mode]["from_eval"]["differing"][0]:.1e}',
-        f'from Eval after {steps}':
-        lambda mode: f'{rows[mode]["from_eval"]["differing"][-1]:.1e}',
-        'loss differs by':
-        lambda mode: f'{rows[mode]["from_eval"]["loss_difference"]:.1e}',
-        'differs from float64 after 1 step':
-        lambda mode: f'{rows[mode]["from_exact"][0]:.1e}',
-        f'from float64 after {steps}':
-        lambda mode: f'{rows[mode]["from_exact"][-1]:.1e}'
-    })
+def tables(name: str, target: dict, steps: int) -> dict[str, dict]:
+    """Give the columns of the tables about a target, a row a mode."""
 
+    def of_eval(key: str) -> Callable[[dict], str]:
+        return lambda row: f'{row[key] / target["rows"]["Eval"][key]:.3f}'
 
-def successes(name: str, target: dict) -> str:
-    """Lay out what is right before the attack and after."""
-    rows = target['rows']
-    return table(rows, {
-        'mode': str,
-        'loss before': lambda mode: f'{rows[mode]["losses"][0]:.3f}',
-        'loss after': lambda mode: f'{rows[mode]["losses"][1]:.3f}',
-        f'{SUCCESS[name]} before':
-        lambda mode: f'{rows[mode]["success"][0]:.0%}',
-        'after': lambda mode: f'{rows[mode]["success"][1]:.0%}'
-    })
-
-
-def costs(target: dict) -> str:
-    """Lay out what a step costs."""
-    rows = target['rows']
-
-    def of_eval(key: str) -> Callable[[str], str]:
-        return lambda mode: f'{rows[mode][key] / rows["Eval"][key]:.3f}'
-
-    return table(rows, {
-        'mode': str,
-        'kept, MiB': lambda mode: mib(rows[mode]['kept']),
-        'kept / Eval': of_eval('kept'),
-        'peak, MiB': lambda mode: mib(rows[mode]['peak']),
-        'peak / Eval': of_eval('peak'),
-        'time of a step, s': lambda mode: f'{rows[mode]["seconds"]:.3f}',
-        'time / Eval': lambda mode: '{1:.3f} ({0:.3f}-{2:.3f})'.format(
-            *rows[mode]['ratio'])
-    })
+    return {
+        'perturbation': {
+            'differs from Eval after 1 step':
+            cell('.1e', 'from_eval', 'differing', 0),
+            f'from Eval after {steps}':
+            cell('.1e', 'from_eval', 'differing', -1),
+            'loss differs by': cell('.1e', 'from_eval', 'loss_difference'),
+            'differs from float64 after 1 step':
+            cell('.1e', 'from_exact', 0),
+            f'from float64 after {steps}': cell('.1e', 'from_exact', -1)
+        },
+        'success': {
+            'loss before': cell('.3f', 'losses', 0),
+            'loss after': cell('.3f', 'losses', 1),
+            f'{SUCCESS[name]} before': cell('.0%', 'success', 0),
+            'after': cell('.0%', 'success', 1)
+        },
+        'cost': {
+            'kept, MiB': lambda row: mib(row['kept']),
+            'kept / Eval': of_eval('kept'),
+            'peak, MiB': lambda row: mib(row['peak']),
+            'peak / Eval': of_eval('peak'),
+            'time of a step, s': cell('.3f', 'seconds'),
+            'time / Eval':
+            lambda row: '{1:.3f} ({0:.3f}-{2:.3f})'.format(*row['ratio'])
+        }
+    }
 
 
 def claims(found: dict) -> dict[str, bool]:
@@ -158,36 +145,28 @@ def claims(found: dict) -> dict[str, bool]:
 def plot(found: dict, figure: Figure) -> None:
     """Draw where perturbations differ and what is kept."""
     grid = figure.subplots(2, len(found['targets']))
-    colors = dict(
-        zip(MODES, ('tab:blue', 'tab:orange', 'tab:green', 'tab:red')))
+    colors = dict(zip(MODES, ('C0', 'C1', 'C2', 'C3')))
     for column, (name, target) in enumerate(found['targets'].items()):
         top, bottom = grid[:, column]
         steps = range(1, found['steps'] + 1)
         for mode, row in target['rows'].items():
-            top.plot(
-                steps, row['from_exact'], color=colors[mode],
-                label=f'{mode}, float32')
-        top.plot(
-            steps,
-            target['exact']['differing'],
-            '--',
-            color=colors['Tune'],
-            label='Tune, float64')
+            top.plot(steps, row['from_exact'], color=colors[mode],
+                     label=f'{mode}, float32')
+        top.plot(steps, target['exact']['differing'], '--',
+                 color=colors['Tune'], label='Tune, float64')
         top.set_yscale('symlog', linthresh=1e-6)
         top.set(title=name, xlabel='step', ylim=(0, 1),
                 ylabel='values unlike those of Eval in float64')
         for offset, key in ((-.2, 'kept'), (.2, 'peak')):
             bars = bottom.bar(
                 [i + offset for i in range(len(MODES))],
-                [row[key] / MIB for row in target['rows'].values()],
-                .4,
-                color=[colors[mode] for mode in target['rows']],
-                alpha=1 if key == 'kept' else .5)
+                [row[key] / MIB for row in target['rows'].values()], .4,
+                color=colors.values(), alpha=1 if key == 'kept' else .5)
             bottom.bar_label(bars, fmt='%.0f', fontsize=8)
         bottom.set_xticks(range(len(MODES)), labels=list(target['rows']))
         bottom.set(ylabel='MiB', title='kept for backward; pale: peak')
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=3)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(),
+                  loc='outside lower center', ncols=3)
 
 
 PAGE = Page(run, figures, claims, plot)

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import demo
 import torch
-from demo import CONFIGS
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from reproductions.material import (
     pretrained_classifier,
     put_in_paper_mode,
 )
-from reproductions.page import track
 
 MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
 # What is attacked in float64 too.
@@ -102,14 +102,12 @@ def detector(batches: int, iterations: int, batch_size: int) -> Target:
 
     The maps of the backbone are computed once for each image.
     """
-    weights = fetch_weights()
+    fetch_weights()
     fetch_trees()
-    config = Config.fromfile(CONFIGS / 'retinanet_mobilenet-v2_fpn_250i_trees'
-                             '.py')
+    config = Config.fromfile(demo.MODES['Eval'])
     init_default_scope('mmdet')
     # Of the head's weights, and of how images are flipped.
     set_random_seed(0)
-    config.model.backbone.init_cfg.checkpoint = weights
     model = MODELS.build(config.model)
     model.init_weights()
     put_in_paper_mode(model, 'Eval', ['backbone'])

@@ -1,26 +1,28 @@
 """Which architectures Tune saves memory of, and how much."""
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from operator import itemgetter
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmtune.analysis.modes import randomize_new_norms
-from mmtune.analysis.sources import build_model, load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import (
     Workload,
     detection_workload,
     image_workload,
 )
-from reproductions.material import in_processes, put_in_paper_mode
-from reproductions.page import Page, drawing, mib, shape_text, span, table
+from reproductions.material import (
+    in_processes,
+    put_in_paper_mode,
+    random_model,
+    total,
+)
+from reproductions.page import Page, by, drawing, mib, shape_text, span, table
 
 MODES = ('Eval', 'MMEngine', 'Tune', 'Deploy')
 CLAIM = 0.4
@@ -97,8 +99,9 @@ def measure(name: str, setting: str, size: Sequence[int],
     """Take a step of an architecture in each mode.
 
     Args:
-        name (str): See :func:`build`.
-        setting (str): See :func:`build`.
+        name (str): Of :data:`DETECTORS` in the setting :data:`WHOLE`, else
+            of :data:`BACKBONES`.
+        setting (str): How it is used.
         size (Sequence[int]): Batch, height and width of the images.
         device (str): Where to run a backbone. Defaults to 'meta', where
             tensors have a size and no content. Whole detectors run on the
@@ -108,11 +111,12 @@ def measure(name: str, setting: str, size: Sequence[int],
         dict: The name, the setting, the bytes of the ``parameters``, and
         what each of the ``modes`` takes, see :func:`take_step`.
     """
-    config, model = build(name, setting)
     batch, height, width = size
     if setting == WHOLE:
+        config, model = random_model(DETECTORS[name])
         workload = detection_workload(config, model, (height, width), batch)
     else:
+        _, model = random_model(BACKBONES[name], 'backbone')
         model.to(device)
         workload = image_workload((height, width), batch, device)
     return dict(
@@ -120,31 +124,6 @@ def measure(name: str, setting: str, size: Sequence[int],
         setting=setting,
         parameters=sum(p.nbytes for p in model.parameters()),
         modes={mode: take_step(model, mode, workload) for mode in MODES})
-
-
-def build(name: str, setting: str) -> tuple[Any, nn.Module]:
-    """Build an architecture with weights and statistics that are random.
-
-    Returns:
-        tuple[Config, nn.Module]: Of backbones nothing is frozen.
-    """
-    from mmdet.utils import register_all_modules
-    register_all_modules(init_default_scope=False)
-    # Some warn of how newer configs name arguments.
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        if setting == WHOLE:
-            config = load_config(DETECTORS[name])
-        else:
-            config = load_config(BACKBONES[name])
-            config.model = config.model.backbone
-            config.pop('data_preprocessor', None)
-            # By default none is.
-            config.model.pop('frozen_stages', None)
-        torch.manual_seed(0)
-        model = build_model(config)
-    randomize_new_norms(model)
-    return config, model
 
 
 def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
@@ -169,11 +148,6 @@ def take_step(stock: nn.Module, mode: str, workload: Workload) -> dict:
     return taken
 
 
-def total(step: dict) -> int:
-    """All bytes of a step."""
-    return step['peak'] + step['resident']
-
-
 def maps_to_weights(row: dict) -> float:
     """Bytes kept for backward in Eval, over those of all parameters."""
     return row['modes']['Eval']['kept'] / row['parameters']
@@ -194,9 +168,8 @@ def total_saved(row: dict, mode: str = 'Tune') -> float:
 def foretold(share: float, ratio: float) -> float:
     """Foretell :func:`total_saved` from the share of what is kept.
 
-    Returns:
-        float: Where a step takes what is kept, and three times the weights:
-        themselves, their gradients, momentum.
+    As if a step took what is kept, and three times the weights: themselves,
+    their gradients, momentum.
     """
     return share * ratio / (ratio + 3)
 
@@ -234,7 +207,7 @@ def setting_table(found: dict, setting: str) -> str:
     """Lay out the architectures of a setting."""
     rows = [row for row in found['rows'] if row['setting'] == setting]
     return table(sorted(rows, key=maps_to_weights, reverse=True), {
-        'architecture': lambda row: row['name'],
+        'architecture': itemgetter('name'),
         'maps / weights': lambda row: f'{maps_to_weights(row):.1f}',
         'Eval, kept (MiB)': lambda row: mib(row['modes']['Eval']['kept']),
         'Eval, all (MiB)': lambda row: mib(total(row['modes']['Eval'])),
@@ -248,30 +221,23 @@ def setting_table(found: dict, setting: str) -> str:
 
 def counts_text(rows: Sequence[dict]) -> str:
     """Count where the claim holds."""
-    counts = []
-    for setting in dict.fromkeys(row['setting'] for row in rows):
-        part = [row for row in rows if row['setting'] == setting]
-        counts.append(f'{sum(map(reaches, part))} of {len(part)} '
-                      f'({setting})')
-    return ', '.join(counts)
+    return ', '.join(f'{sum(map(reaches, part))} of {len(part)} ({setting})'
+                     for setting, part in by('setting', rows).items())
 
 
 def names(rows: Iterable[dict]) -> str:
     """Name architectures, and what they save of what is kept."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        found.setdefault(row['name'], []).append(f'{kept_saved(row):.1%}')
-    return ', '.join(f'{name} ({", ".join(dict.fromkeys(shares))})'
-                     for name, shares in found.items()) or 'none'
+
+    def shares(part: Iterable[dict]) -> str:
+        return ', '.join(
+            dict.fromkeys(f'{kept_saved(row):.1%}' for row in part))
+
+    return ', '.join(f'{name} ({shares(part)})'
+                     for name, part in by('name', rows).items()) or 'none'
 
 
 def less_in_deploy(rows: Iterable[dict]) -> dict[str, tuple[int, int]]:
-    """Find where Deploy saves less than Tune.
-
-    Returns:
-        dict[str, tuple[int, int]]: By name how many blocks are left out in
-        Deploy, and in Tune.
-    """
+    """Where Deploy saves less than Tune: how many blocks each leaves out."""
     return {
         row['name']: (row['modes']['Deploy']['left_out'],
                       row['modes']['Tune']['left_out'])
@@ -304,8 +270,8 @@ def figures(found: dict) -> dict[str, object]:
         'never': names(filter(never_reaches, rows)),
         'best': f'{kept_saved(best):.1%} ({best["name"]})',
         'needs': table([row for row in no if not never_reaches(row)], {
-            'architecture': lambda row: row['name'],
-            'setting': lambda row: row['setting'],
+            'architecture': itemgetter('name'),
+            'setting': itemgetter('setting'),
             'r here': lambda row: f'{maps_to_weights(row):.1f}',
             'r needed': lambda row:
             f'{3 * CLAIM / (kept_saved(row) - CLAIM):.1f}',
@@ -338,22 +304,19 @@ def plot(found: dict, figure: Figure) -> None:
     """Draw what is saved against maps / weights."""
     axes = figure.subplots()
     rows = tuned(found)
-    points: dict[str, list[tuple[float, float]]] = {}
+
+    def place(row: dict) -> tuple[float, float]:
+        return maps_to_weights(row), 100 * total_saved(row)
+
     for (setting, size), marker in zip(found['sizes'].items(), 'osD'):
-        part = {
-            row['name']: (maps_to_weights(row), 100 * total_saved(row))
-            for row in rows if row['setting'] == setting
-        }
-        axes.plot([x for x, _ in part.values()],
-                  [y for _, y in part.values()], marker, markersize=5,
+        part = [place(row) for row in rows if row['setting'] == setting]
+        axes.plot(*np.reshape(part, (-1, 2)).T, marker, markersize=5,
                   label=f'{setting}, {shape_text(*size)}')
-        for name, point in part.items():
-            points.setdefault(name, []).append(point)
-    draw_names(axes, points)
+    draw_names(axes, {name: list(map(place, part))
+                      for name, part in by('name', rows).items()})
     ratios = [maps_to_weights(row) for row in rows]
-    curve = torch.logspace(*torch.tensor(
-        [min(ratios) / 1.5, max(ratios) * 1.5]).log10().tolist(), 100)
-    axes.plot(curve, [100 * foretold(0.5, r) for r in curve.tolist()],
+    curve = np.geomspace(min(ratios) / 1.5, max(ratios) * 1.5, 100)
+    axes.plot(curve, 100 * foretold(0.5, curve),
               color='gray', linewidth=1,
               label='half of the maps saved, 3 x weights kept')
     axes.axhline(100 * CLAIM, color='black', linestyle='--', linewidth=1,

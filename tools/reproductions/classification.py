@@ -1,44 +1,46 @@
 """Fine-tune a classifier in Train, Eval and Tune mode, as in Table 3."""
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import finetune_digits
 import torch
 from matplotlib.figure import Figure
 from mmdet.models import ResNet
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmtune.analysis import peak_bytes
 from mmtune.behaviours import convolution
 from reproductions.material import (
+    digits,
     fetch_weights,
     in_processes,
     measure_in_turns,
+    pretrained_classifier,
     put_in_paper_mode,
 )
 from reproductions.page import (
     MIB,
+    STEP_COLUMNS,
     Difference,
     Page,
     drawing,
+    each_mode,
     mean_spread,
     mib,
-    quartiles_text,
     shape_text,
     table,
-    track,
 )
 
 MODES = ('Train', 'Eval', 'Tune')
-# The paper's Table 3: accuracy in percent, memory in MiB, seconds of an
-# iteration, each in Train and in Tune mode.
-TABLE_3 = {
-    'CUB-200': ((83.07, 83.20), (19967, 12323), (.571, .501)),
-    'Aircraft': ((85.40, 85.90), (19965, 12321), (.564, .505)),
-    'Cars': ((89.87, 90.13), (19967, 12321), (.571, .491)),
-}
+# In which memory is counted.
+COUNTED = ('Train', 'Eval', 'MMEngine', 'Tune')
+# What the paper logged of CUB-200 in its Table 3, in MiB.
+PAPER = dict(Train=19967, MMEngine=12323)
 
 
 class ResNet50Classifier(nn.Module):
@@ -57,11 +59,7 @@ class ResNet50Classifier(nn.Module):
 
 def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
               settings: dict) -> dict:
-    """Run tools/finetune_digits.py, with settings for its Runner.
-
-    Returns:
-        dict: The first three arguments and the ``accuracy``, a share.
-    """
+    """Run tools/finetune_digits.py; tell what was run, and the accuracy."""
     runner = finetune_digits.build_runner(
         mode.lower(), seed, lr=lr, work_dir=f'{work_dir}/{lr:g}-{seed}',
         log_level='WARNING', activations=False, **settings)
@@ -70,15 +68,12 @@ def fine_tune(mode: str, lr: float, seed: int, work_dir: str,
     return dict(mode=mode, lr=lr, seed=seed, accuracy=float(accuracy))
 
 
-def digits_step(mode: str, batch_size: int, size: int,
-                weights: str | None) -> Callable[[], None]:
+def digits_step(mode: str, batch_size: int, size: int) -> Callable[[], None]:
     """Make a training step of the script's classifier, to call."""
-    torch.manual_seed(0)
-    model = finetune_digits.Classifier(weights)
-    model.init_weights()
+    model = pretrained_classifier()
     put_in_paper_mode(model, mode, ['backbone'])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    batch = finetune_digits.load_data(size)[0][:batch_size]
+    batch = digits(size, batch_size)
 
     def step() -> None:
         model(*batch, mode='loss')['loss'].backward()
@@ -88,21 +83,11 @@ def digits_step(mode: str, batch_size: int, size: int,
     return step
 
 
-def measure_steps(modes: Sequence[str], batch_size: int, size: int,
-                  rounds: int, weights: str | None) -> dict:
-    """Count the memory of a step and time it.
-
-    Returns:
-        dict: The batch; of each mode the ``peak`` in bytes and the
-        ``seconds`` of each round.
-    """
-    steps = {
-        mode: digits_step(mode, batch_size, size, weights) for mode in modes
-    }
+def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
+    """Measure a step of each mode; see :func:`measure_in_turns`."""
+    steps = {mode: digits_step(mode, batch_size, size) for mode in COUNTED}
     return dict(
-        batch_size=batch_size,
-        size=size,
-        **measure_in_turns(steps, rounds))
+        batch_size=batch_size, size=size, **measure_in_turns(steps, rounds))
 
 
 def count_training(mode: str, batch_size: int, size: int,
@@ -137,9 +122,8 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         batch_size: int = 32,
         step_sizes: Sequence[int] = (64, 128),
         rounds: int = 10,
-        batches: Sequence[tuple[int, int]] = ((64, 448), (32, 224)),
-        weights: str | None = 'fetch',
-        work_dir: str = 'work_dirs/reproductions/classification') -> dict:
+        batches: Sequence[tuple[int, int]] = ((64, 448), (32, 224))
+        ) -> dict:
     """Fine-tune in each mode, and measure a step.
 
     Args:
@@ -154,35 +138,27 @@ def run(seeds: Sequence[int] = (0, 1, 2),
         batches (Sequence[tuple[int, int]]): Images a step, and their height
             and width, in the counts beside Table 3. The first is taken for
             the paper's.
-        weights (str, optional): Checkpoint of the backbone. ``'fetch'``, the
-            default, is the ImageNet weights, fetched where they are missing.
-        work_dir (str): For logs and checkpoints.
-
-    Returns:
-        dict: What was found, for the page.
     """
-    if weights == 'fetch':
-        weights = fetch_weights()
-    plan = [(mode, lr, seed) for lr in lrs for seed in seeds
-            for mode in MODES]
-    settings = dict(
-        epochs=epochs, size=size, batch_size=batch_size, weights=weights)
-    runs = in_processes(fine_tune,
-                        [(*arguments, work_dir, settings)
-                         for arguments in plan], 'Fine-tune')
-    train_set, test_set = finetune_digits.load_data(size)
-    modes = ('Train', 'Eval', 'MMEngine', 'Tune')
+    settings = dict(epochs=epochs, size=size, batch_size=batch_size,
+                    weights=fetch_weights())
+    with tempfile.TemporaryDirectory() as work_dir:
+        runs = in_processes(fine_tune, [
+            (mode, lr, seed, work_dir, settings)
+            for lr, seed, mode in product(lrs, seeds, MODES)
+        ], 'Fine-tune')
     return dict(
         seeds=list(seeds), lrs=list(lrs), epochs=epochs, size=size,
-        batch_size=batch_size, images=[len(train_set), len(test_set)],
+        batch_size=batch_size,
+        images=[len(part) for part in finetune_digits.load_data(size)],
         runs=runs,
         steps=[
-            measure_steps(modes, batch_size, pixels, rounds, weights)
+            measure_steps(batch_size, pixels, rounds)
             for pixels in track(step_sizes, 'Measure a step')
         ],
         counts=[
             dict(batch_size=images, size=pixels, peak={
-                mode: count_training(mode, images, pixels) for mode in modes
+                mode: count_training(mode, images, pixels)
+                for mode in COUNTED
             }) for images, pixels in batches
         ])
 
@@ -226,56 +202,14 @@ def saved(peak: dict, mode: str = 'MMEngine') -> float:
     return 1 - peak[mode] / peak['Train']
 
 
-def each_mode(batches: Sequence[dict]) -> list[tuple[dict, str]]:
-    """List what was measured at each batch, with each mode."""
-    return [(batch, mode) for batch in batches for mode in batch['peak']]
-
-
-def change(it: tuple[dict, str]) -> str:
-    """Write by how much a mode's peak differs from Train's."""
-    peak, mode = it[0]['peak'], it[1]
-    return f'{peak[mode] / peak["Train"] - 1:+.1%}'
-
-
-def steps_table(found: dict) -> str:
-    """Lay out the memory and the time of a step."""
-
-    def time(it: tuple[dict, str]) -> str:
-        seconds, mode = it[0]['seconds'], it[1]
-        return quartiles_text(
-            a / b for a, b in zip(seconds[mode], seconds['Train']))
-
-    return table(each_mode(found['steps']), {
-        'batch': lambda it: batch_text(it[0]),
-        'mode': lambda it: it[1],
-        'peak, MiB': lambda it: mib(it[0]['peak'][it[1]]),
-        'to Train': change,
-        'time, Train = 1': time
-    })
-
-
-def paper_table() -> str:
-    """Lay out the paper's Table 3."""
-    return table(TABLE_3.items(), {
-        'dataset': lambda it: it[0],
-        'Train, %': lambda it: f'{it[1][0][0]:.2f}',
-        'Tune, %': lambda it: f'{it[1][0][1]:.2f}',
-        'Train, MiB': lambda it: it[1][1][0],
-        'Tune, MiB': lambda it: it[1][1][1],
-        'memory to Train': lambda it: f'{it[1][1][1] / it[1][1][0] - 1:+.1%}',
-        'time, Train = 1': lambda it: f'{it[1][2][1] / it[1][2][0]:.3f}'
-    })
-
-
 def counts_table(found: dict) -> str:
     """Lay out what was counted, and what the paper logged."""
-    paper = dict(zip(('Train', 'MMEngine'), TABLE_3['CUB-200'][1]))
     return table(each_mode(found['counts']), {
         'batch': lambda it: batch_text(it[0]),
-        'mode': lambda it: it[1],
-        'counted, MiB': lambda it: mib(it[0]['peak'][it[1]]),
-        'to Train': change,
-        'paper, MiB': lambda it: paper.get(it[1], '')
+        'mode': STEP_COLUMNS['mode'],
+        'counted, MiB': STEP_COLUMNS['peak, MiB'],
+        'to Train': STEP_COLUMNS['to Train'],
+        'paper, MiB': lambda it: PAPER.get(it[1], '')
         if it[0] is found['counts'][0] else ''
     })
 
@@ -287,7 +221,6 @@ def figures(found: dict) -> dict[str, object]:
                 if step['size'] == found['size'])
     counted, *others = found['counts']
     peak = counted['peak']
-    train, tune = TABLE_3['CUB-200'][1]
     per_image = (peak['Train'] - peak['MMEngine']) / counted['batch_size']
     script = Path(finetune_digits.__file__).read_text(encoding='utf-8')
     columns: dict[str, Callable[[float], str]] = {
@@ -316,14 +249,16 @@ def figures(found: dict) -> dict[str, object]:
             f'{lr:g}' for lr in found['lrs']
             if fails_with_fixed_statistics(found, lr)) or 'none',
         'small': f'{convolution.SMALL_MAP:,}',
-        'steps': steps_table(found),
-        'paper': paper_table(),
+        'steps': table(each_mode(found['steps']), {
+            'batch': lambda it: batch_text(it[0]), **STEP_COLUMNS
+        }),
         'counts': counts_table(found),
-        'off': f'{peak["Train"] / MIB / train - 1:+.1%}',
+        'off': f'{peak["Train"] / MIB / PAPER["Train"] - 1:+.1%}',
         'share': f'{saved(peak):.0%}',
-        'claimed': f'{1 - tune / train:.0%}',
+        'claimed': f'{saved(PAPER):.0%}',
         'per-image': mib(per_image),
-        'images': f'{(train - tune) * MIB / per_image:.0f}',
+        'images': '{:.0f}'.format(
+            (PAPER['Train'] - PAPER['MMEngine']) * MIB / per_image),
         'other-sizes': ', '.join(
             f'{saved(count["peak"]):.0%} at {batch_text(count)}'
             for count in others)
@@ -332,8 +267,7 @@ def figures(found: dict) -> dict[str, object]:
 
 def claims(found: dict) -> dict[str, bool]:
     """Tell what the page says, and whether it is so."""
-    train, tune = TABLE_3['CUB-200'][1]
-    claimed = 1 - tune / train
+    claimed = saved(PAPER)
     best = best_lrs(found)
     edges = min(found['lrs']), max(found['lrs'])
     return {
@@ -368,7 +302,7 @@ def plot(found: dict, figure: Figure) -> None:
     peak = counted['peak']
     container = bars.bar(list(peak), [n / MIB for n in peak.values()])
     bars.bar_label(container, fmt='%.0f')
-    for value, mode in zip(TABLE_3['CUB-200'][1], ('Train', 'MMEngine')):
+    for mode, value in PAPER.items():
         bars.plot(mode, value, 'k_', markersize=30)
     bars.plot([], [], 'k_', label="the paper's")
     bars.set(ylabel='MiB', title=f'ResNet-50, {batch_text(counted)}, counted')

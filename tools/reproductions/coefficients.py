@@ -1,5 +1,4 @@
 """What the coefficients of a pretrained checkpoint say of Deploy mode."""
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from mmtune.analysis.plots import plot_scales
 from mmtune.analysis.scales import POWERS
 from mmtune.analysis.sources import load_fitting, read_state_dict
 from reproductions.material import fetch_weights
-from reproductions.page import Page, sheet, table
+from reproductions.page import Page, cell, sheet, table
 
 # By how much a step may differ from Tune's to be about the same.
 FACTOR = 10.
@@ -56,10 +55,6 @@ def figures(found: dict) -> dict[str, object]:
     sgd = totals['SGD']
     worst = max(found['blocks'], key=lambda b: b['at_same_lr']['faster'])
     scales = {'all channels': sgd['coeff'], f'`{worst["bn"]}`': worst['coeff']}
-
-    def value(key: str) -> Callable[[str], str]:
-        return lambda name: f'{scales[name][key]:.2g}'
-
     return {
         'shares': ' and '.join(
             f'{total["best"]["share"]:.0%} with {optimizer} '
@@ -68,9 +63,9 @@ def figures(found: dict) -> dict[str, object]:
         'factor': f'{found["factor"]:g}',
         'channels': sgd['channels'],
         'blocks': len(found['blocks']),
-        'scales': table(scales, {
-            r'\|coeff\|': str,
-            **{key: value(key) for key in sgd['coeff']}
+        'scales': table(scales.items(), {
+            r'\|coeff\|': cell('', 0),
+            **{key: cell('.2g', 1, key) for key in sgd['coeff']}
         }),
         'steps': steps_table(found),
         'fast': ', '.join(f'`{name}`' for name in most_too_far(found))
@@ -79,21 +74,21 @@ def figures(found: dict) -> dict[str, object]:
 
 def steps_table(found: dict) -> str:
     """Lay out how far steps go, an optimizer a column."""
-    rows: dict[str, Callable[[dict], str]] = {
+    rows = {
         "too far at Tune's learning rate":
-        lambda total: f'{total["at_same_lr"]["faster"]:.1%}',
+        cell('.1%', 'at_same_lr', 'faster'),
         "too short at Tune's learning rate":
-        lambda total: f'{total["at_same_lr"]["slower"]:.1%}'
+        cell('.1%', 'at_same_lr', 'slower')
     }
     for index, limit in enumerate(found['total']['SGD']['limits']):
         rows[f'{limit["share"]:.1%} of the channels do not step too far up '
-             "to, times Tune's learning rate"] = (
-                 lambda total, index=index:
-                 f'{total["limits"][index]["lr"]:.2g}')
-    rows['within the factor at the best learning rate'] = (
-        lambda total: f'{total["best"]["share"]:.1%}')
-    rows["that learning rate, times Tune's"] = (
-        lambda total: f'{total["best"]["lr"]:.2g}')
+             "to, times Tune's learning rate"] = cell(
+                 '.2g', 'limits', index, 'lr')
+    rows |= {
+        'within the factor at the best learning rate':
+        cell('.1%', 'best', 'share'),
+        "that learning rate, times Tune's": cell('.2g', 'best', 'lr')
+    }
     return sheet(f'factor {found["factor"]:g}', found['total'], rows)
 
 

@@ -16,21 +16,14 @@ from reproductions.page import Page, drawing, span
 
 
 def learned(rows: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Give the checkpoints on which Deploy and Tune learn.
-
-    Returns:
-        list[tuple[dict, float]]: Each with Deploy's limit over Tune's.
-    """
+    """Give Deploy's limit over Tune's, with each row where both learn."""
     return [(row, ratio) for row in rows for ratio in ratios([row])]
 
 
 def is_between(row: Row, ratio: float) -> bool:
-    """Tell whether a limit is between the squares of the scales.
+    """Tell whether a limit over Tune's is between the squares of the scales.
 
-    Args:
-        row (dict): Of a checkpoint.
-        ratio (float): Deploy's limit over Tune's, which is known to the step
-            from one learning rate to the next.
+    It is known to the step from one learning rate to the next.
     """
     step = max(b / a for a, b in zip(row['lrs'], row['lrs'][1:]))
     return row['min']**2 / step <= ratio <= step * row['max']**2

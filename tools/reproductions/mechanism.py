@@ -8,15 +8,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.mechanism_network import (
+from reproductions.mechanism_runs import (
     BATCH_SIZE,
     CORRECTED,
+    FINAL_STEPS,
     FINE_TUNED_ON,
     MODES,
     MOMENTUM,
+    run,
 )
-from reproductions.mechanism_runs import FINAL_STEPS, run
-from reproductions.page import Page, drawing, mean_spread, span, table
+from reproductions.page import Page, by, drawing, mean_spread, span, table
 
 Row = dict[str, Any]
 GUESSING = math.log(len(FINE_TUNED_ON))
@@ -27,28 +28,11 @@ SAME = 1e-9
 
 
 def failed(loss: float | None) -> bool:
-    """Tell whether a run has learned next to nothing, or diverged.
+    """Tell whether a final loss is not below half the loss of guessing.
 
-    Args:
-        loss (float | None): Its final loss; None if that is infinite.
-
-    Returns:
-        bool: Whether it is not below half the loss of guessing.
+    None is infinite.
     """
     return loss is None or loss >= GUESSING / 2
-
-
-def stable_limit(lrs: Sequence[float],
-                 losses: Sequence[float | None]) -> float | None:
-    """Find the largest learning rate that does not fail; None if all do."""
-    learned = [lr for lr, loss in zip(lrs, losses) if not failed(loss)]
-    return max(learned, default=None)
-
-
-def best_place(losses: Sequence[float | None]) -> int | None:
-    """Find the place of the run that learned best; None if all failed."""
-    places = [i for i, loss in enumerate(losses) if not failed(loss)]
-    return min(places, key=lambda i: losses[i], default=None)
 
 
 def summarize(found: Row, swept: Row | None = None) -> list[Row]:
@@ -61,39 +45,33 @@ def summarize(found: Row, swept: Row | None = None) -> list[Row]:
 
     Returns:
         list[dict]: For each checkpoint what
-        :func:`reproductions.mechanism_runs.describe` found; for each mode
-        its ``limit``, see :func:`stable_limit`, and the place of its
-        ``best`` learning rate; and the ``sweep`` of each mode.
+        :func:`reproductions.mechanism_runs.describe` found, and the ``lrs``;
+        for each mode the ``sweep``, its ``limit``, the largest learning rate
+        that does not fail, and the place of its ``best``, the one that
+        learned best; None where all fail.
     """
     swept = swept or found
     rows = []
     for scales in found['scales']:
-        sweeps = {
-            row['mode']: row for row in swept['sweeps']
-            if all(row[key] == scales[key] for key in ('times', 'seed'))
-        }
-        rows.append(scales | dict(
-            lrs=swept['lrs'],
-            sweep=sweeps,
-            limit={mode: stable_limit(swept['lrs'], row['losses'])
-                   for mode, row in sweeps.items()},
-            best={mode: best_place(row['losses'])
-                  for mode, row in sweeps.items()}))
+        row = dict(scales, lrs=swept['lrs'], sweep={}, limit={}, best={})
+        for sweep in swept['sweeps']:
+            if any(sweep[key] != scales[key] for key in ('times', 'seed')):
+                continue
+            mode, losses = sweep['mode'], sweep['losses']
+            learned = [i for i, loss in enumerate(losses) if not failed(loss)]
+            row['sweep'][mode] = sweep
+            row['limit'][mode] = max(
+                (row['lrs'][i] for i in learned), default=None)
+            row['best'][mode] = min(
+                learned, key=losses.__getitem__, default=None)
+        rows.append(row)
     return rows
-
-
-def by_times(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    """Group summaries by what the scales were multiplied by."""
-    return {
-        times: [row for row in rows if row['times'] == times]
-        for times in dict.fromkeys(row['times'] for row in rows)
-    }
 
 
 def grouped(rows: Sequence[Row],
             columns: dict[str, Callable[[list[Row]], object]]) -> str:
     """Write a table with a row for each group of checkpoints."""
-    return table(by_times(rows).values(), {
+    return table(by('times', rows).values(), {
         'scales': lambda group: f'x {group[0]["times"]:g}', **columns
     })
 
@@ -131,11 +109,9 @@ def limit_table(rows: Sequence[Row]) -> str:
 
 
 def at_best(row: Row, mode: str, lr_of: str) -> tuple[float, float | None]:
-    """What a mode reaches at the best learning rate of another.
+    """Accuracy and final loss of a mode at the best learning rate of another.
 
-    Returns:
-        tuple[float, float | None]: The accuracy and the final loss, not
-        numbers where the other never learned.
+    Not numbers where the other never learned.
     """
     sweep, place = row['sweep'][mode], row['best'][lr_of]
     if place is None:
@@ -212,12 +188,10 @@ def control_table(controls: Sequence[Row]) -> str:
 def figures(found: Row) -> dict[str, object]:
     """Write what the page shows."""
     rows, controls = summarize(found), found['controls']
-    blocks = Counter[str]()
-    for row in controls:
-        blocks.update(row['runs'])
+    blocks = sum((Counter(row['runs']) for row in controls), Counter())
     return {
         'ratios': '; '.join(f'x {times:g}: {span(ratios(group))}'
-                            for times, group in by_times(rows).items()),
+                            for times, group in by('times', rows).items()),
         'pretrained': mean_spread(found['pretrained']),
         'steps': found['steps'],
         'momentum': MOMENTUM,
@@ -248,7 +222,7 @@ def claims(found: Row) -> dict[str, bool]:
         return distances(controls, gamma, mode)
 
     first = {times: sum(map(fails_first, group)) / len(group)
-             for times, group in by_times(rows).items()}
+             for times, group in by('times', rows).items()}
     return {
         'Deploy fails first where scales are multiplied by less than 1, and '
         'nowhere else':
@@ -271,31 +245,25 @@ def claims(found: Row) -> dict[str, bool]:
 @drawing(7)
 def plot(found: Row, figure: Figure) -> None:
     """Draw final losses against learning rates."""
-    groups = by_times(summarize(found))
+    groups = by('times', summarize(found))
     figure.set_size_inches(8, 1.2 + 2.3 * len(groups))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     top = 1.5 * GUESSING
     for axes, (times, rows) in zip(panels, groups.items()):
-        for index, mode in enumerate(MODES):
+        for mode, style in zip(MODES, ('C0-', 'C1--', 'C3-', 'C2:')):
             losses = zip(*(row['sweep'][mode]['losses'] for row in rows))
-            axes.plot(
-                found['lrs'],
-                # What diverges leaves the picture at its upper edge.
-                [statistics.median(top if loss is None else min(loss, top)
-                                   for loss in at_lr) for at_lr in losses],
-                ('-', '--', '-', ':')[index],
-                color=('C0', 'C1', 'C3', 'C2')[index],
-                label=mode)
+            # What diverges leaves the picture at its upper edge.
+            middle = [statistics.median(top if loss is None else
+                                        min(loss, top) for loss in at_lr)
+                      for at_lr in losses]
+            axes.plot(found['lrs'], middle, style, label=mode)
         draw_bounds(axes, rows)
         axes.axhline(GUESSING, color='lightgray', linewidth=1, zorder=0)
-        axes.set(
-            xscale='log',
-            ylabel='final loss',
-            ylim=(0, top),
-            title=f'scales x {times:g}, median {rows[0]["median"]:.2g}')
+        axes.set(xscale='log', ylabel='final loss', ylim=(0, top),
+                 title=f'scales x {times:g}, median {rows[0]["median"]:.2g}')
     panels[-1].set_xlabel('learning rate')
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper center', ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(),
+                  loc='outside upper center', ncols=3)
 
 
 def draw_bounds(axes: Axes, rows: Sequence[Row]) -> None:
@@ -305,12 +273,9 @@ def draw_bounds(axes: Axes, rows: Sequence[Row]) -> None:
         limits = [row['limit']['Tune'] * row['limits'][place] for row in rows
                   if row['limit']['Tune']]
         if limits:
-            axes.axvline(
-                statistics.median(limits),
-                color='gray',
-                linestyle=style,
-                linewidth=1,
-                label=f"{name}, from Tune's limit")
+            axes.axvline(statistics.median(limits), color='gray',
+                         linestyle=style, linewidth=1,
+                         label=f"{name}, from Tune's limit")
 
 
 PAGE = Page(run, figures, claims, plot)

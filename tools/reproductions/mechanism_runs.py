@@ -1,33 +1,35 @@
 """Fine-tuning in every mode at many learning rates, and the controls."""
 import copy
+import functools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
+from itertools import chain, islice, product
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
-from mmtune.analysis import best_lr, lr_limit
+from mmtune import turn_on
+from mmtune.analysis import BlockScale, best_lr, block_scales, lr_limit
 from mmtune.api import latest_runs
-from reproductions.material import processes
-from reproductions.mechanism_network import (
-    FINE_TUNED_ON,
-    MODES,
-    PRETRAIN_LR,
-    accuracy,
-    find_scales,
-    learn_weights_alone,
-    load_data,
-    multiply_scales,
-    pretrain,
-    put,
-    train,
+from reproductions.material import (
+    in_processes,
+    put_in_folding_mode,
+    small_resnet,
 )
-from reproductions.page import track
 
+# Deploy with the gradient of its weights multiplied by coeff^2.
+CORRECTED = 'Deploy, gradient x coeff^2'
+MODES = ('Eval', 'Tune', 'Deploy', CORRECTED)
+
+PRETRAINED_ON, FINE_TUNED_ON = range(5), range(5, 10)
+BATCH_SIZE = 32
+MOMENTUM = 0.9
+PRETRAIN_LR = 0.05
 # A run's final loss is the mean of so many steps.
 FINAL_STEPS = 10
 # By which the scales are multiplied while the function is left alone.
@@ -41,6 +43,135 @@ ALONE_MODES = ('Tune', 'Deploy')
 FACTOR = 10.
 # Of the channels that `lr_limit` heeds.
 SHARES = (1., 0.9, 0.5)
+
+
+def build_model(classes: int) -> nn.Sequential:
+    """Build a ResNet for images of 8 x 8 pixels.
+
+    Nine convolutions, each with a BatchNorm, and a linear layer, which is the
+    last module and starts from zero.
+    """
+    model = nn.Sequential(
+        *small_resnet(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(
+                module.weight, mode='fan_out', nonlinearity='relu')
+    reset_head(model)
+    return model
+
+
+def reset_head(model: nn.Sequential) -> None:
+    """Let the last layer know nothing."""
+    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model[-1].bias)
+
+
+def load_data(classes: Sequence[int], seed: int) -> list[Tensor]:
+    """Load scikit-learn's handwritten digits of some successive classes.
+
+    Returns:
+        list[Tensor]: Images of shape (n, 1, 8, 8) and labels from 0 on, to
+        train with, and then a fourth of all, to test with.
+    """
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None]
+    images = (images - images.mean()) / images.std()
+    labels = torch.tensor(digits.target) - classes[0]
+    chosen = torch.nonzero((labels >= 0) & (labels < len(classes))).flatten()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+    parts = chosen.tensor_split([len(chosen) * 3 // 4])
+    return [data[part] for part in parts for data in (images, labels)]
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int,
+          lr: float, seed: int, weight_decay: float = 0.) -> list[float]:
+    """Train by SGD with momentum, and give the loss of each step.
+
+    Only the last may not be finite: there training stops.
+    """
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        learning, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    while len(losses) < steps and all(map(math.isfinite, losses[-1:])):
+        batch = torch.randint(
+            len(labels), (BATCH_SIZE, ), generator=generator)
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Tell the share of images that is recognised."""
+    return (model(images).argmax(1) == labels).float().mean().item()
+
+
+@functools.cache
+def pretrain(seed: int, steps: int) -> tuple[nn.Sequential, float]:
+    """Train on the first five digits, in Train mode.
+
+    Returns:
+        tuple[nn.Sequential, float]: The model, to be copied, with a head
+        that has learned nothing; and its accuracy before that.
+    """
+    torch.manual_seed(seed)
+    model = build_model(len(PRETRAINED_ON))
+    *training, images, labels = load_data(PRETRAINED_ON, seed)
+    train(model, *training, steps, PRETRAIN_LR, seed, weight_decay=5e-4)
+    reached = accuracy(model.eval(), images, labels)
+    reset_head(model)
+    return model, reached
+
+
+def find_scales(model: nn.Module) -> list[BlockScale]:
+    """Compute the scales of the blocks of a stock model."""
+    report = turn_on(copy.deepcopy(model), activations=False)
+    return block_scales(model, report)
+
+
+@torch.no_grad()
+def multiply_scales(model: nn.Module, times: float) -> None:
+    """Multiply every scale of a model, but leave its function alone.
+
+    In Train mode a weight can be multiplied without any effect, so a
+    checkpoint may as well have turned out like this.
+    """
+    for scale in find_scales(model):
+        conv = model.get_submodule(scale.conv)
+        norm = model.get_submodule(scale.bn)
+        conv.weight.div_(times)
+        norm.running_mean.div_(times)
+        norm.running_var.add_(norm.eps).div_(times**2).sub_(norm.eps)
+
+
+def learn_weights_alone(model: nn.Module) -> None:
+    """Let the convolutions' weights learn, and nothing that has no scale."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.requires_grad_()
+
+
+def put(model: nn.Module, mode: str) -> nn.Module:
+    """Copy a stock model into one of :data:`MODES`, BatchNorms fixed."""
+    scales = find_scales(model)
+    model = copy.deepcopy(model)
+    put_in_folding_mode(model, mode.split(',')[0])
+    if mode == CORRECTED:
+        for scale in scales:
+            weight = model.get_submodule(scale.conv).weight
+            square = scale.coeff.square().to(weight.dtype)
+            weight.register_hook(
+                lambda grad, square=square: grad * square.view(-1, 1, 1, 1))
+    return model
 
 
 def describe(times: float, seed: int, pretrain_steps: int) -> dict[str, Any]:
@@ -186,34 +317,30 @@ def run(times: Sequence[float] = TIMES,
         dict[str, Any]: Plain data; see :func:`describe`, :func:`sweep` and
         :func:`control`.
     """
-    with processes() as workers:
+    kinds = dict(
+        pretrained=[(pretrained_accuracy, seed, pretrain_steps)
+                    for seed in seeds],
+        scales=[(describe, *of, pretrain_steps)
+                for of in product(times, seeds)],
+        sweeps=[(sweep, *of, lrs, steps, pretrain_steps)
+                for of in product(times, MODES, seeds)],
+        alone=[(sweep, *of, alone_lrs, steps, pretrain_steps, True)
+               for of in product(times, ALONE_MODES, seeds)],
+        controls=[(control, by, seed, control_lr / by, steps, pretrain_steps)
+                  for by, seed in product(times, seeds)])
+    # All at once: a process pretrains once for each seed.
+    results = iter(in_processes(call, chain(*kinds.values()), 'Fine-tune'))
+    found: dict[str, Any] = {
+        kind: list(islice(results, len(tasks)))
+        for kind, tasks in kinds.items()
+    }
+    found['alone'] = dict(lrs=list(alone_lrs), sweeps=found['alone'])
+    return dict(lrs=list(lrs), steps=steps, **found)
 
-        def each(function: Callable, tasks: Iterable[tuple], what: str,
-                 *more: object) -> Callable[[], list]:
-            futures = [workers.submit(function, *task, *more)
-                       for task in tasks]
-            return lambda: [future.result() for future in
-                            track(futures, what)]
 
-        # All begin before one is waited for.
-        pretrained = each(pretrained_accuracy, product(seeds), 'Pretrain',
-                          pretrain_steps)
-        scales = each(describe, product(times, seeds), 'Describe',
-                      pretrain_steps)
-        sweeps = each(sweep, product(times, MODES, seeds), 'Sweep', lrs,
-                      steps, pretrain_steps)
-        alone = each(sweep, product(times, ALONE_MODES, seeds),
-                     'Sweep, weights alone', alone_lrs, steps, pretrain_steps,
-                     True)
-        controls = each(
-            control, ((by, seed, control_lr / by) for by, seed in
-                      product(times, seeds)), 'Control', steps,
-            pretrain_steps)
-        return dict(
-            lrs=list(lrs), steps=steps, pretrained=pretrained(),
-            scales=scales(), sweeps=sweeps(),
-            alone=dict(lrs=list(alone_lrs), sweeps=alone()),
-            controls=controls())
+def call(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function, in :func:`in_processes` one of several."""
+    return function(*arguments)
 
 
 def pretrained_accuracy(seed: int, steps: int) -> float:

@@ -1,12 +1,13 @@
 """Which normalizations can be folded into a convolution, and which cannot."""
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -14,7 +15,7 @@ from mmtune import turn_on
 from mmtune.analysis import saved_bytes
 from mmtune.analysis.steps import difference
 from mmtune.api import latest_runs
-from reproductions.page import MIB, Page, drawing, mib, table, track
+from reproductions.page import MIB, Page, cell, drawing, mib, table
 
 CHANNELS = 32
 # Of an error in float64 that is rounding.
@@ -200,11 +201,8 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     output = model(x)
     output.square().sum().backward()
-    return dict(
-        output=output.detach(),
-        x=x.grad,
-        **{name: p.grad
-           for name, p in model.named_parameters()})
+    return dict(output=output.detach(), x=x.grad,
+                **{name: p.grad for name, p in model.named_parameters()})
 
 
 def kept(block: nn.Module, x: Tensor) -> int:
@@ -238,22 +236,12 @@ def measure(case: Case, size: int) -> dict[str, Any]:
             row.reason for row in report.left_out if row.bn == '0.1'))
 
 
-def run(size: int = 64, names: Sequence[str] = tuple(CASES)) -> dict:
-    """Try every normalization.
-
-    Args:
-        size (int): Height and width of the maps.
-        names (Sequence[str]): Keys of :data:`CASES`.
-
-    Returns:
-        dict: ``rows`` by name.
-    """
-    return dict(
-        size=size,
-        rows={
-            name: measure(CASES[name], size)
-            for name in track(names, 'Try normalizations')
-        })
+def run(size: int = 64) -> dict:
+    """Try every normalization, on maps of a height and width."""
+    return dict(size=size, rows={
+        name: measure(CASES[name], size)
+        for name in track(CASES, 'Try normalizations')
+    })
 
 
 def can_be_folded(row: dict) -> bool:
@@ -287,19 +275,19 @@ def figures(found: dict) -> dict[str, object]:
         channels=CHANNELS,
         maps=f'2 x {CHANNELS} x {found["size"]} x {found["size"]}',
         functions=table(rows, {
-            'normalization': lambda row: row['name'],
-            'statistics': lambda row: row['statistics'],
-            'from a, b': lambda row: f'{row["per_channel"]:.0e}',
-            'from affine': lambda row: f'{row["affine"]:.0e}',
+            'normalization': cell('', 'name'),
+            'statistics': cell('', 'statistics'),
+            'from a, b': cell('.0e', 'per_channel'),
+            'from affine': cell('.0e', 'affine'),
             'so it is': kind_of
         }),
         blocks=table(rows, {
-            'normalization': lambda row: row['name'],
+            'normalization': cell('', 'name'),
             'stock': lambda row: mib(row['kept']['Eval']),
             'Tune': lambda row: mib(row['kept']['Tune']),
-            'ran': lambda row: row['ran'],
-            'difference': lambda row: f'{row["error"]:.0e}',
-            'reason': lambda row: row['reason']
+            'ran': cell('', 'ran'),
+            'difference': cell('.0e', 'error'),
+            'reason': cell('', 'reason')
         }))
 
 
@@ -338,10 +326,8 @@ def plot(found: dict, figure: Figure) -> None:
     for offset, mode, color in ((-.2, 'Eval', 'tab:gray'),
                                 (.2, 'Tune', 'tab:green')):
         axes.barh([i + offset for i in range(len(rows))],
-                  [row['kept'][mode] / MIB for row in rows.values()],
-                  .4,
-                  color=color,
-                  label='stock' if mode == 'Eval' else 'Tune')
+                  [row['kept'][mode] / MIB for row in rows.values()], .4,
+                  color=color, label='stock' if mode == 'Eval' else 'Tune')
     axes.set_yticks(range(len(rows)), labels=list(rows))
     axes.invert_yaxis()
     axes.set(xlabel='kept for backward by convolution and normalization, MiB')

@@ -1,20 +1,14 @@
 """What a page is, how it is filled, and how figures are written."""
+import functools
 import re
 import statistics
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
 from scipy.stats import ttest_rel
 
 from mmtune.analysis.timing import quartiles
@@ -44,16 +38,7 @@ class Page:
     plot: Callable[[dict, Path], None]
 
     def write(self, text: str, record: Mapping[str, Any]) -> str:
-        """Write the page anew.
-
-        Args:
-            text (str): The page, in Markdown.
-            record (Mapping): What was found, and where; see
-                ``tools/reproduce.py``.
-
-        Returns:
-            str: The page with what was found.
-        """
+        """Fill the Markdown of a page with a record of tools/reproduce.py."""
         found = record['found']
         return fill(text, {
             **self.figures(found), 'doubts': doubts(self.claims(found)),
@@ -61,27 +46,18 @@ class Page:
         })
 
 
-def drawing(
-    height: float
-) -> Callable[[Callable[[dict, Figure], None]], Callable[[dict, Path], None]]:
-    """Make a function that draws on a figure one that writes a file.
-
-    Args:
-        height (float): Of the figure in inches; its width is 8.
-
-    Returns:
-        Callable: The decorator.
-    """
+def drawing(height: float) -> Callable:
+    """Make of what draws on a figure, so many inches high, what writes one."""
 
     def decorate(draw: Callable[[dict, Figure], None]
                  ) -> Callable[[dict, Path], None]:
 
+        @functools.wraps(draw)
         def plot(found: dict, path: Path) -> None:
             figure = Figure(figsize=(8, height), layout='constrained')
             draw(found, figure)
             figure.savefig(path, dpi=120)
 
-        plot.__doc__ = draw.__doc__
         return plot
 
     return decorate
@@ -95,14 +71,7 @@ PLACE = re.compile(
 
 
 def fill(text: str, values: Mapping[str, object]) -> str:
-    """Put values into the places of a page.
-
-    Args:
-        text (str): In Markdown, with places that are filled or empty.
-        values (Mapping[str, object]): By the names of the places.
-
-    Returns:
-        str: The page with all of its places filled.
+    """Put values, by their names, into the places of a page.
 
     Raises:
         ValueError: If a place has no value, or a value no place.
@@ -129,14 +98,7 @@ def without_places(text: str) -> str:
 
 
 def doubts(claims: Mapping[str, bool]) -> str:
-    """Name what a page says and the figures do not.
-
-    Args:
-        claims (Mapping[str, bool]): Whether each sentence holds.
-
-    Returns:
-        str: Empty where all do.
-    """
+    """Name what a page says and the figures do not, if there is anything."""
     wrong = [f'- {claim}' for claim, holds in claims.items() if not holds]
     if not wrong:
         return ''
@@ -162,42 +124,46 @@ def duration(seconds: int) -> str:
 
 def table(rows: Iterable[Item],
           columns: Mapping[str, Callable[[Item], object]]) -> str:
-    """Write a table.
+    """Write a table in Markdown.
 
     Args:
         rows (Iterable): What each row is about.
         columns (Mapping[str, Callable]): By its title, what gives the cell
             of a row.
-
-    Returns:
-        str: In Markdown.
     """
     lines: list[Iterable[object]] = [columns, ['---'] * len(columns)]
     lines += [[cell(row) for cell in columns.values()] for row in rows]
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
+def cell(spec: str, *keys: object) -> Callable[[Any], str]:
+    """Make what formats a value of a row: ``row[keys[0]][keys[1]]...``."""
+    return lambda row: format(functools.reduce(getitem, keys, row), spec)
+
+
 def sheet(corner: str, columns: Mapping[str, Item],
           rows: Mapping[str, Callable[[Item], object]]) -> str:
-    """Write a table that has a column for each of what it is about.
+    """Write a :func:`table` turned around: a column for each thing.
 
     Args:
         corner (str): What stands above the titles of the rows.
         columns (Mapping): What each column is about, by its title.
         rows (Mapping[str, Callable]): By its title, what gives the cell of a
             column.
-
-    Returns:
-        str: In Markdown.
     """
-
-    def cell(item: Item) -> Callable[[str], object]:
-        return lambda row: rows[row](item)
-
     return table(rows, {
         corner: str,
-        **{title: cell(item) for title, item in columns.items()}
+        **{title: lambda row, item=item: rows[row](item)
+           for title, item in columns.items()}
     })
+
+
+def by(key: str, rows: Iterable[dict]) -> dict[Any, list[dict]]:
+    """Group rows by one of their values."""
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def mib(n_bytes: float) -> str:
@@ -225,16 +191,29 @@ def quartiles_text(values: Iterable[float], digits: int = 3) -> str:
     return f'{median} ({low}-{high})'
 
 
+def each_mode(steps: Iterable[dict]) -> list[tuple[dict, str]]:
+    """List steps with each mode in which they were measured."""
+    return [(step, mode) for step in steps for mode in step['peak']]
+
+
+def ratios_to_train(step: dict, mode: str) -> list[float]:
+    """The time of a step as a multiple of Train's, round by round."""
+    seconds = step['seconds']
+    return [a / b for a, b in zip(seconds[mode], seconds['Train'])]
+
+
+# Of tables of what :func:`each_mode` lists.
+STEP_COLUMNS: dict[str, Callable[[tuple[dict, str]], str]] = {
+    'mode': cell('', 1),
+    'peak, MiB': lambda it: mib(it[0]['peak'][it[1]]),
+    'to Train': lambda it:
+    f'{it[0]["peak"][it[1]] / it[0]["peak"]["Train"] - 1:+.1%}',
+    'time, Train = 1': lambda it: quartiles_text(ratios_to_train(*it))
+}
+
+
 def mean_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Write the mean of several runs and their sample standard deviation.
-
-    Args:
-        values (Sequence[float]): One a run.
-        digits (int): Decimals. Defaults to 3.
-
-    Returns:
-        str: The value alone where there is one run.
-    """
+    """Write the mean of runs and, of several, their standard deviation."""
     mean = f'{statistics.mean(values):.{digits}f}'
     if len(values) == 1:
         return mean
@@ -276,24 +255,3 @@ class Difference:
         if self.interval is None:
             return f'{self.mean:+.3f}'
         return '{:+.3f} ({:+.3f} to {:+.3f})'.format(self.mean, *self.interval)
-
-
-def track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Show how far a loop is.
-
-    Args:
-        items (Sequence[Item]): What to loop over.
-        what (str): What is being done.
-
-    Yields:
-        Item: Each of them.
-    """
-    with Progress() as progress:
-        # A bar is drawn on terminals alone.
-        silent = not progress.console.is_terminal
-        task = progress.add_task(what, total=len(items))
-        for done, item in enumerate(items):
-            if silent:
-                Console().print(f'{what}: {done}/{len(items)}')
-            yield item
-            progress.advance(task)

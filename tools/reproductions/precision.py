@@ -8,16 +8,18 @@ from functools import partial
 
 import torch
 from matplotlib.figure import Figure
+from rich.progress import track
 from torch import Tensor, nn
 
 from reproductions.material import put_in_folding_mode
 from reproductions.page import (
     Page,
+    by,
+    cell,
     drawing,
     quartiles_text,
     span,
     table,
-    track,
 )
 
 MODES = ('Eval', 'Tune')
@@ -209,7 +211,7 @@ def rounding(task: Task, states: Sequence[dict[str, Tensor]],
 
 
 def run(steps: int = 2000, every: int = 50, networks: int = 8,
-        variances: Sequence[float] = VARIANCES, seed: int = 0) -> dict:
+        variances: Sequence[float] = VARIANCES) -> dict:
     """Train the networks of each variance in each precision and mode.
 
     Args:
@@ -217,7 +219,6 @@ def run(steps: int = 2000, every: int = 50, networks: int = 8,
         every (int): How many steps from one measurement to the next.
         networks (int): How many of each variance.
         variances (Sequence[float]): Running variance of all BatchNorms.
-        seed (int): Of everything drawn.
 
     Returns:
         dict: ``rows``, one for each variance and precision, with ``drift``,
@@ -225,26 +226,23 @@ def run(steps: int = 2000, every: int = 50, networks: int = 8,
         point and every network in the end.
     """
     rows = []
-    cases = [(var, precision) for var in variances for precision in DTYPES]
-    exact: dict[float, tuple] = {}
-    for var, precision in track(cases, 'Train in every precision'):
-        task = Task(networks, var, seed)
-        if var not in exact:
-            states = list(task.train('Eval', 'float64', steps, every))
-            exact[var] = states, [task.says(state) for state in states]
-        states, right = exact[var]
-        drift: dict[str, dict] = {}
-        for mode in MODES:
-            distances = [
-                relative(task.says(state), ideal) for state, ideal in
-                zip(task.train(mode, precision, steps, every), right)
-            ]
-            drift[mode] = dict(last=distances[-1], medians=[
-                statistics.median(point) for point in distances])
-        rows.append(dict(
-            var=var, rstd=task.rstd, precision=precision, drift=drift,
-            rounding=rounding(task, states, precision),
-            learned=relative(right[0], right[-1])))
+    for var in track(variances, 'Train in every precision'):
+        task = Task(networks, var, 0)
+        states = list(task.train('Eval', 'float64', steps, every))
+        right = [task.says(state) for state in states]
+        for precision in DTYPES:
+            drift: dict[str, dict] = {}
+            for mode in MODES:
+                distances = [
+                    relative(task.says(state), ideal) for state, ideal in
+                    zip(task.train(mode, precision, steps, every), right)
+                ]
+                drift[mode] = dict(last=distances[-1], medians=[
+                    statistics.median(point) for point in distances])
+            rows.append(dict(
+                var=var, rstd=task.rstd, precision=precision, drift=drift,
+                rounding=rounding(task, states, precision),
+                learned=relative(right[0], right[-1])))
     return dict(steps=steps, every=every, networks=networks,
                 points=list(range(0, steps + 1, every)), rows=rows)
 
@@ -280,19 +278,11 @@ def drift_median(row: dict) -> float:
     return statistics.median(drift_ratios(row))
 
 
-def by(rows: Iterable[dict], key: str) -> dict:
-    """Group rows by one of their values."""
-    groups: dict = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
-
-
 def medians_by_rstd(rows: Sequence[dict]) -> dict[float, float]:
     """The median ratio over tensors and precisions, by increasing rstd."""
     return {
         rstd: statistics.median(ratios(group, TENSORS))
-        for rstd, group in sorted(by(rows, 'rstd').items())
+        for rstd, group in sorted(by('rstd', rows).items())
     }
 
 
@@ -313,15 +303,15 @@ def figures(found: dict) -> dict[str, object]:
                              in medians_by_rstd(rows).items()),
         'output': output_errors(rows),
         'drift': table(rows, {
-            'rstd': '{0[rstd]:.4g}'.format,
-            'precision': '{0[precision]}'.format,
+            'rstd': cell('.4g', 'rstd'),
+            'precision': cell('', 'precision'),
             'learned': lambda row: f'{statistics.median(row["learned"]):.2f}',
-            **{mode: lambda row, mode=mode: '{:.1e}'.format(
-                row['drift'][mode]['medians'][-1]) for mode in MODES},
+            **{mode: cell('.1e', 'drift', mode, 'medians', -1)
+               for mode in MODES},
             'Tune / Eval': lambda row: quartiles_text(drift_ratios(row), 2)
         })
     }
-    for precision, group in by(rows, 'precision').items():
+    for precision, group in by('precision', rows).items():
         values |= {
             precision: rounding_table(group),
             f'gamma-{precision}': span(ratios(group, ['norm.weight']), '.2f'),
@@ -334,10 +324,9 @@ def rounding_table(rows: Sequence[dict]) -> str:
     """Lay out the errors of a step in one precision."""
     blocks = [(row, number, *errors) for row in rows for number, errors in
               enumerate(zip(*(row['rounding'][mode] for mode in MODES)), 1)]
-
     return table(blocks, {
-        'rstd': lambda it: f'{it[0]["rstd"]:.4g}',
-        'block': lambda it: it[1],
+        'rstd': cell('.4g', 0, 'rstd'),
+        'block': cell('', 1),
         **{title: lambda it, key=key: f'{it[2][key]:.1e} '
            f'({ratio(it[2][key], it[3][key]):.2f})'
            for key, title in TENSORS.items()}
@@ -377,7 +366,7 @@ def plot(found: dict, figure: Figure) -> None:
     shown = {'output': 'output', 'conv.weight': "weight's gradient",
              'norm.weight': "gamma's gradient"}
     for axes, (key, name) in zip(grid.flat, shown.items()):
-        for precision, rows in by(found['rows'], 'precision').items():
+        for precision, rows in by('precision', found['rows']).items():
             for mode, style in styles.items():
                 axes.loglog([row['rstd'] for row in rows],
                             [row['rounding'][mode][0][key] for row in rows],
@@ -385,7 +374,7 @@ def plot(found: dict, figure: Figure) -> None:
                             label=f'{precision}, {mode}')
         axes.set(xlabel='rstd', ylabel='error of a step',
                  title=f'{name}, first block')
-    last, rows = max(by(found['rows'], 'rstd').items())
+    last, rows = max(by('rstd', found['rows']).items())
     for row in rows:
         for mode, style in styles.items():
             grid[1, 1].semilogy(

@@ -1,7 +1,8 @@
 """Train from scratch, and freeze BatchNorm's statistics in mid-run."""
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from operator import itemgetter
 
@@ -21,13 +22,15 @@ from reproductions.material import (
     in_processes,
     measure_in_turns,
     put_in_paper_mode,
+    small_resnet,
 )
 from reproductions.page import (
+    STEP_COLUMNS,
     Page,
     drawing,
+    each_mode,
     mean_spread,
-    mib,
-    quartiles_text,
+    ratios_to_train,
     table,
 )
 
@@ -36,34 +39,13 @@ LEARNED = 0.5
 # What a run may lose by freezing, of the same.
 TOLERANCE = 0.01
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions, the first with a stride, and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the block."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.bn3(self.shortcut(x)))
-
 
 class SmallResNet(BaseModel):
     """A residual network for small images, with new weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16),
-            nn.ReLU(inplace=True), Residual(16, 16, 1), Residual(16, 32, 2),
-            Residual(32, 64, 2))
+        self.backbone = small_resnet(3, projects=True)
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor, labels: Tensor, mode: str = 'tensor'):
@@ -131,11 +113,9 @@ def train(lr: float, begin: int | None, mode: str, seed: int, epochs: int,
 
 
 def measure_steps(batch_size: int, size: int, rounds: int) -> dict:
-    """Count the memory of a training step and time it.
+    """Measure a training step of each mode; see :func:`measure_in_turns`.
 
-    Returns:
-        dict: For each mode the ``peak`` in bytes, and the ``seconds`` of
-        each round; ``ran``, how often the blocks of Tune ran how.
+    And how often the blocks of Tune ``ran`` how.
     """
     batch = load_data(size)[0][:batch_size]
     steps = {}
@@ -161,8 +141,7 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         epochs: int = 15,
         size: int = 16,
         batch_size: int = 64,
-        rounds: int = 50,
-        work_dir: str = 'work_dirs/reproductions/scratch') -> dict:
+        rounds: int = 50) -> dict:
     """Train from each `begin` on, and measure what a step spares.
 
     Args:
@@ -175,25 +154,14 @@ def run(lrs: Sequence[float] = (0.05, 0.01),
         size (int): Height and width of the images in pixels.
         batch_size (int): Images a step.
         rounds (int): How many steps to time in each mode.
-        work_dir (str): For logs.
-
-    Returns:
-        dict: What was found, for the page.
-
-    Raises:
-        ValueError: If there is no run to compare with.
     """
-    if not {None, *controls} <= {*begins}:
-        raise ValueError(
-            '`begins` must hold None, the run that never freezes and is '
-            f'compared with, and `controls`, but got {begins!r}, {controls!r}')
     kinds = [(begin, 'Tune') for begin in begins]
     kinds += [(begin, 'Eval') for begin in controls]
-    plan = [(lr, *kind, seed) for lr, kind, seed in
-            product(lrs, kinds, seeds)]
-    runs = in_processes(
-        train, [(*arguments, epochs, size, batch_size, work_dir)
-                for arguments in plan], 'Train from scratch')
+    with tempfile.TemporaryDirectory() as work_dir:
+        runs = in_processes(train, [
+            (lr, *kind, seed, epochs, size, batch_size, work_dir)
+            for lr, kind, seed in product(lrs, kinds, seeds)
+        ], 'Train from scratch')
     return dict(
         lrs=list(lrs), begins=list(begins), controls=list(controls),
         seeds=list(seeds), epochs=epochs, size=size, batch_size=batch_size,
@@ -226,12 +194,6 @@ def frozen(found: dict) -> list[int]:
     return sorted({*found['begins']} - {None})
 
 
-def ratios_to_train(found: dict, mode: str) -> list[float]:
-    """The time of a step as a multiple of Train's, round by round."""
-    seconds = found['step']['seconds']
-    return [a / b for a, b in zip(seconds[mode], seconds['Train'])]
-
-
 def loss_text(runs: Sequence[dict]) -> str:
     """Write the training loss in the end."""
     losses = [run['loss'][-1] for run in runs if run['loss'][-1] is not None]
@@ -261,7 +223,8 @@ def results_row(found: dict, lr: float, begin: int | None,
             f'{lr * (1 - math.cos(math.pi * share)) / 2:.4f}')
         row['steps after'] = f'{share:.0%}'
         if mode == 'Tune':
-            low, median, high = quartiles(ratios_to_train(found, 'Tune'))
+            low, median, high = quartiles(
+                ratios_to_train(found['step'], 'Tune'))
             row['time spared'] = ('unclear' if low <= 1 <= high else
                                   f'{share * (1 - median):+.1%}')
     if begin:
@@ -298,9 +261,9 @@ def controls(found: dict, lr: float) -> list[tuple[float, float]]:
           for mode in ('Tune', 'Eval')))]
 
 
-def count_alike(pairs: Sequence[tuple[float, float]]) -> int:
-    """Count where both have learned, or both have not."""
-    return sum((a < LEARNED) == (b < LEARNED) for a, b in pairs)
+def alike(one: float, other: float) -> bool:
+    """Tell whether both have learned, or both have not."""
+    return (one < LEARNED) == (other < LEARNED)
 
 
 def verdicts(found: dict) -> str:
@@ -310,21 +273,18 @@ def verdicts(found: dict) -> str:
         return ', '.join(str(begin) for begin in frozen(found) if
                          is_harmless(found, lr, begin) == harmless) or 'none'
 
-    def fail(lr: float) -> str:
+    def count(lr: float, holds: Callable[[float, float], bool]) -> str:
         pairs = controls(found, lr)
-        return f'{sum(b < LEARNED for _, b in pairs)} of {len(pairs)}'
-
-    def alike(lr: float) -> str:
-        pairs = controls(found, lr)
-        return f'{count_alike(pairs)} of {len(pairs)}'
+        return f'{sum(holds(*pair) for pair in pairs)} of {len(pairs)}'
 
     return table(found['lrs'], {
         'learning rate': '{:g}'.format,
         'no harm with `begin` =': lambda lr: begins(lr, True),
         'harm with': lambda lr: begins(lr, False),
         'learned, and failed when frozen': lambda lr: collapse(found, lr),
-        'controls that fail': fail,
-        'end as in Tune': alike,
+        'controls that fail': lambda lr: count(
+            lr, lambda _, control: control < LEARNED),
+        'end as in Tune': lambda lr: count(lr, alike),
         'accuracies apart by': lambda lr:
         f'{max(abs(a - b) for a, b in controls(found, lr)):.3f}'
     })
@@ -337,7 +297,6 @@ def figures(found: dict) -> dict[str, object]:
     harmless = [f'begin={begin} at a learning rate of {lr:g}'
                 for lr, begin in tried if is_harmless(found, lr, begin)]
     train_images, test_images = found['images']
-    peak = found['step']['peak']
     return {
         'harmless': len(harmless), 'tried': len(tried),
         'which': ', '.join(harmless) or 'none',
@@ -348,13 +307,7 @@ def figures(found: dict) -> dict[str, object]:
         'steps': math.ceil(train_images / found['batch_size']),
         'verdicts': verdicts(found),
         'results': '\n\n'.join(results(found, lr) for lr in found['lrs']),
-        'step': table(peak, {
-            'mode': str,
-            'peak, MiB': lambda mode: mib(peak[mode]),
-            'to Train': lambda mode: f'{peak[mode] / peak["Train"] - 1:+.1%}',
-            'time, Train = 1': lambda mode: quartiles_text(
-                ratios_to_train(found, mode))
-        }),
+        'step': table(each_mode([found['step']]), STEP_COLUMNS),
         'ran': ', '.join(f'{count} {how}' for how, count in
                          found['step']['ran'].items())
     }
@@ -370,8 +323,7 @@ def claims(found: dict) -> dict[str, bool]:
         'that a network works with the statistics is not enough':
         all(collapse(found, lr) != 'none' for lr in lrs),
         'controls fail or learn as Tune does, so that freezing does it':
-        all(count_alike(controls(found, lr)) == len(controls(found, lr))
-            for lr in lrs),
+        all(alike(*pair) for lr in lrs for pair in controls(found, lr)),
         'frozen from the start, no network learns':
         all(max(final(runs_of(found, lr, 0))) < LEARNED for lr in lrs)
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from reproductions.page import Page, drawing, sheet, table
+from reproductions.page import Page, cell, drawing, sheet, table
 from reproductions.statistics_runs import ONE_STEP, STAGES, run
 
 # What float64 has to agree to at the same point, as in docs/en/method.md.
@@ -35,56 +35,54 @@ def count_large(errors: Sequence[float]) -> int:
     return sum(error > LARGE for error in errors)
 
 
+def summed(summarize: Callable[[Sequence], object], run: str, key: str,
+           spec: str = '.1e') -> Callable[[dict], str]:
+    """Make what sums up a curve of a run, for a cell of a table."""
+    return lambda curves: format(summarize(curves[run][key]), spec)
+
+
 def events_table(found: dict, curves: dict) -> str:
     """Sum up the steps after each event."""
-    steps = spans(found)
-
-    def loss(run: str) -> Callable[[str], str]:
-        return lambda name: '{:.3f}'.format(
-            mean_loss(curves[run]['loss'][steps[name]]))
-
-    def most(run: str, key: str) -> Callable[[str], str]:
-        return lambda name: f'{max(curves[run][key][steps[name]]):.1e}'
-
-    def error(run: str) -> Callable[[str], str]:
-        return lambda name: '{:.1e}'.format(
-            statistics.median(curves[run]['error'][steps[name]]))
-
-    return table(steps, {
-        'after': str,
-        'loss, Eval': loss('Eval'),
-        'loss, Tune': loss('Tune'),
-        'loss: Tune from Eval': most('Tune', 'loss_difference'),
-        'loss: shuffled from Eval': most('Eval, shuffled', 'loss_difference'),
-        'gradients: Tune from Eval': most('Tune', 'difference'),
-        'gradients: shuffled from Eval': most('Eval, shuffled', 'difference'),
-        'one step: Eval': error('Eval'),
-        'one step: Tune': error(ONE_STEP)
+    rows = [{'event': event, **{
+        run: {key: values[steps] for key, values in curve.items()}
+        for run, curve in curves.items()
+    }} for event, steps in spans(found).items()]
+    return table(rows, {
+        'after': cell('', 'event'),
+        'loss, Eval': summed(mean_loss, 'Eval', 'loss', '.3f'),
+        'loss, Tune': summed(mean_loss, 'Tune', 'loss', '.3f'),
+        'loss: Tune from Eval': summed(max, 'Tune', 'loss_difference'),
+        'loss: shuffled from Eval':
+        summed(max, 'Eval, shuffled', 'loss_difference'),
+        'gradients: Tune from Eval': summed(max, 'Tune', 'difference'),
+        'gradients: shuffled from Eval':
+        summed(max, 'Eval, shuffled', 'difference'),
+        'one step: Eval': summed(statistics.median, 'Eval', 'error'),
+        'one step: Tune': summed(statistics.median, ONE_STEP, 'error')
     })
 
 
 def summary(found: dict) -> str:
     """Lay out errors and differences over all steps, a type a column."""
 
-    def steps_of(it: dict, key: str) -> str:
-        errors = it[key]['error']
+    def large(errors: Sequence[float]) -> str:
         return f'{count_large(errors)} of {len(errors)}'
 
     rows: dict[str, Callable[[dict], str]] = {}
-    for name, key in (('Eval', 'Eval'), ('Tune', ONE_STEP)):
+    for name, run_ in (('Eval', 'Eval'), ('Tune', ONE_STEP)):
         rows |= {
-            f'error of a step of {name}: median': lambda it, key=key:
-            f'{statistics.median(it[key]["error"]):.1e}',
-            f'{name}: worst step':
-            lambda it, key=key: f'{max(it[key]["error"]):.1e}',
+            f'error of a step of {name}: median':
+            summed(statistics.median, run_, 'error'),
+            f'{name}: worst step': summed(max, run_, 'error'),
             f'{name}: steps with more than {LARGE:g}':
-            lambda it, key=key: steps_of(it, key)
+            summed(large, run_, 'error', '')
         }
-    for title, key in (('Tune from Eval', 'Tune'),
-                       ('Eval, shuffled, from Eval', 'Eval, shuffled')):
-        rows[f'whole run: the loss of {title}, at most'] = (
-            lambda it, key=key: f'{max(it[key]["loss_difference"]):.1e}')
-    return sheet('', found['runs'], rows)
+    return sheet('', found['runs'], rows | {
+        'whole run: the loss of Tune from Eval, at most':
+        summed(max, 'Tune', 'loss_difference'),
+        'whole run: the loss of Eval, shuffled, from Eval, at most':
+        summed(max, 'Eval, shuffled', 'loss_difference')
+    })
 
 
 def how_it_ran(found: dict) -> str:
@@ -194,14 +192,9 @@ def plot(found: dict, figure: Figure) -> None:
     }
     figure.legend(
         handles.values(), handles, loc='outside lower left', ncols=2)
-    figure.text(
-        1,
-        0,
-        '\n'.join(f'{i}: {name}'
-                  for i, name in enumerate(found['events'].values(), 1)),
-        ha='right',
-        va='bottom',
-        fontsize=7)
+    names = '\n'.join(f'{i}: {name}' for i, name in enumerate(
+        found['events'].values(), 1))
+    figure.text(1, 0, names, ha='right', va='bottom', fontsize=7)
 
 
 PAGE = Page(run, figures, claims, plot)

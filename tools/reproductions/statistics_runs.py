@@ -3,11 +3,12 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import mmcv
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +20,6 @@ from reproductions.material import (
     pretrained_classifier,
     put_in_folding_mode,
 )
-from reproductions.page import track
 
 # How many of MobileNetV2's seven stages the network has.
 STAGES = 4
@@ -31,7 +31,6 @@ SMALL_VAR = 'backbone.layer4.2.depthwise_conv.bn'
 ONE_STEP = 'Tune, same point'
 RUNS = {'Eval': 'Eval', 'Tune': 'Tune', 'Eval, shuffled': 'Eval',
         ONE_STEP: 'Tune', 'Deploy': 'Deploy'}
-DTYPES = ('float64', 'float32')
 
 
 def norms(model: nn.Module) -> list[_BatchNorm]:
@@ -131,14 +130,10 @@ class Learner:
         loss = self.model(images.to(self.dtype), labels, mode='loss')['loss']
         loss.backward()
         return loss.item(), {
-            name: parameter.grad.clone()
+            name: parameter.grad
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
         }
-
-    def step(self) -> None:
-        """Learn from where it looked last."""
-        self.optimizer.step()
 
     def go_to(self, other: 'Learner') -> None:
         """Take over the point where another is."""
@@ -164,57 +159,77 @@ def worst(gradients: dict[str, Tensor], stock: dict[str, Tensor]) -> float:
     return max(max(errors[block]) / max(norms[block]) for block in norms)
 
 
-def run(interval: int = 14, size: int = 48, batch_size: int = 8,
-        dtypes: Sequence[str] = DTYPES) -> dict:
+def run(interval: int = 14, size: int = 48, batch_size: int = 8) -> dict:
     """Train in all modes side by side while statistics jump.
 
     Args:
         interval (int): Steps from one event to the next.
         size (int): Height and width of the images in pixels.
         batch_size (int): Images of a step.
-        dtypes (Sequence[str]): Names of types.
 
     Returns:
         dict: ``events`` by step; ``runs`` by dtype and run, with curves of
         ``loss``, ``loss_difference``, ``difference`` and ``error``; ``ran``,
-        how many blocks of Tune ran how in each step; ``smooth``, errors of a
-        network without ReLU6.
+        how many blocks of Tune ran how in each step; ``smooth``, errors of
+        steps in float32 where nothing bends: with SiLU for ReLU6.
     """
     fetch_trees()
     start = truncated()
     material = Material(size, batch_size, 24)
     happenings = events(material)
-    schedule = {
-        interval * (i + 1): name for i, name in enumerate(happenings)
-    }
     steps = interval * (len(happenings) + 1)
-    found: dict = dict(
-        size=size, batch_size=batch_size, blocks=len(norms(start)),
-        interval=interval, steps=steps, events=schedule, runs={})
+    at = range(interval, steps, interval)
     batches = list(itertools.islice(itertools.cycle(material.batches), steps))
-    for dtype in dtypes:
-        learners = {
-            name: Learner(start, mode, getattr(torch, dtype))
-            for name, mode in RUNS.items()
-        }
-        exact = (learners['Eval'] if dtype == 'float64' else Learner(
-            start, 'Eval', torch.float64))
-        curves: dict[str, dict] = {
-            name: dict(loss=[], loss_difference=[], difference=[], error=[])
-            for name in RUNS
-        }
-        ran = []
-        for step, batch in enumerate(
-                track(batches, f'Train side by side in {dtype}')):
-            if step in schedule:
-                for learner in learners.values():
-                    happenings[schedule[step]](learner.model)
-            take_step(learners, exact, batch, curves)
-            ran.append(Counter(latest_runs(learners['Tune'].model).values()))
-        found['runs'][dtype] = curves
-        found['ran'] = ran
-    found['smooth'] = smooth_errors(start, material, 2 * interval)
-    return found
+    runs, ran = {}, []
+    for dtype in ('float64', 'float32'):
+        runs[dtype], ran = side_by_side(
+            start, RUNS, dtype, batches, dict(zip(at, happenings.values())))
+    smooth, _ = side_by_side(
+        with_silu(start), {'Eval': 'Eval', ONE_STEP: 'Tune'}, 'float32',
+        batches[:2 * interval], {0: happenings['re-estimated on the digits']})
+    return dict(
+        size=size, batch_size=batch_size, blocks=len(norms(start)),
+        interval=interval, steps=steps, events=dict(zip(at, happenings)),
+        runs=runs, ran=ran,
+        smooth=dict(Eval=smooth['Eval']['error'],
+                    Tune=smooth[ONE_STEP]['error']))
+
+
+def side_by_side(
+        start: nn.Module, runs: Mapping[str, str], dtype: str,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        happenings: Mapping[int, Callable]) -> tuple[dict, list[Counter]]:
+    """Train copies of a model, and compare them at every step.
+
+    Args:
+        start (nn.Module): Stock.
+        runs (Mapping[str, str]): Of :data:`RUNS`, with Eval and
+            :data:`ONE_STEP`.
+        dtype (str): In which to train.
+        batches (Sequence[tuple[Tensor, Tensor]]): Images and labels.
+        happenings (Mapping[int, Callable]): By step, what happens to each
+            model before.
+
+    Returns:
+        tuple[dict, list[Counter]]: The curves of each run; how many blocks
+        of Tune ran how in each step.
+    """
+    learners = {name: Learner(start, mode, getattr(torch, dtype))
+                for name, mode in runs.items()}
+    exact = Learner(start, 'Eval', torch.float64)
+    curves: dict[str, dict] = {
+        name: dict(loss=[], loss_difference=[], difference=[], error=[])
+        for name in runs
+    }
+    ran = []
+    for step, batch in enumerate(
+            track(batches, f'Train side by side in {dtype}')):
+        if step in happenings:
+            for learner in learners.values():
+                happenings[step](learner.model)
+        take_step(learners, exact, batch, curves)
+        ran.append(Counter(latest_runs(learners[ONE_STEP].model).values()))
+    return curves, ran
 
 
 def take_step(learners: dict[str, Learner], exact: Learner,
@@ -223,7 +238,7 @@ def take_step(learners: dict[str, Learner], exact: Learner,
 
     Args:
         learners (dict[str, Learner]): By the keys of :data:`RUNS`.
-        exact (Learner): Eval in float64; may be one of the learners.
+        exact (Learner): Eval in float64.
         batch (tuple[Tensor, Tensor]): Images and labels.
         curves (dict[str, dict]): What is known of each run goes there.
     """
@@ -236,10 +251,8 @@ def take_step(learners: dict[str, Learner], exact: Learner,
             order = order.flip(0)
         looks[name] = learner.look(images[order], labels[order])
     stock_loss, stock = looks['Eval']
-    truth = stock
-    if exact is not learners['Eval']:
-        exact.go_to(learners['Eval'])
-        truth = exact.look(images, labels)[1]
+    exact.go_to(learners['Eval'])
+    _, truth = exact.look(images, labels)
     for name, (loss, gradients) in looks.items():
         curve = curves[name]
         curve['loss'].append(loss if math.isfinite(loss) else None)
@@ -248,35 +261,17 @@ def take_step(learners: dict[str, Learner], exact: Learner,
             curve['difference'].append(worst(gradients, stock))
         if name in ('Eval', ONE_STEP):
             curve['error'].append(worst(gradients, truth))
-        learners[name].step()
+        learners[name].optimizer.step()
 
 
-def smooth_errors(start: nn.Module, material: Material,
-                  steps: int) -> dict[str, list[float]]:
-    """Errors of steps in float32 where nothing bends: SiLU for ReLU6.
-
-    Returns:
-        dict[str, list[float]]: As ``error`` of :func:`run`, of Eval and Tune.
-    """
-    start = copy.deepcopy(start)
-    for module in list(start.modules()):
+def with_silu(model: nn.Module) -> nn.Module:
+    """Copy a model, with SiLU in place of ReLU6."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ReLU6):
                 setattr(module, name, nn.SiLU())
-    exact = Learner(start, 'Eval', torch.float64)
-    learners = {mode: Learner(start, mode, torch.float32)
-                for mode in ('Eval', 'Tune')}
-    reestimate(learners['Eval'].model, material.digits)
-    errors: dict[str, list[float]] = {mode: [] for mode in learners}
-    batches = list(itertools.islice(itertools.cycle(material.batches), steps))
-    for batch in track(batches, 'Train without ReLU6'):
-        for follower in (exact, learners['Tune']):
-            follower.go_to(learners['Eval'])
-        truth = exact.look(*batch)[1]
-        for mode, learner in learners.items():
-            errors[mode].append(worst(learner.look(*batch)[1], truth))
-        learners['Eval'].step()
-    return errors
+    return model
 
 
 def truncated() -> nn.Module:

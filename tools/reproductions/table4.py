@@ -1,11 +1,13 @@
 """The paper's Table 4: whether a step here saves what it saves there."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from mmtune.analysis.estimate import AffineMemory, fit_affine
-from reproductions.page import MIB, Page, drawing, mib, span, table
+from reproductions.material import total
+from reproductions.page import MIB, Page, by, cell, drawing, mib, span, table
 from reproductions.table4_steps import MODES, SUSPECT, run
 
 NAMES = dict(MMEngine="MMEngine's rewrite", Tune='mmtune')
@@ -14,30 +16,13 @@ TOLERANCE = 0.05
 
 
 def paper_saving(row: dict) -> float:
-    """Read what Tune saved in the paper.
-
-    Returns:
-        float: Bytes. What is logged as GB are MiB divided by 1000.
-    """
+    """Read the bytes saved in the paper: GB as logged are MiB / 1000."""
     before, after = row['gb']
     return (before - after) * 1000 * MIB
 
 
-def total(step: dict) -> int:
-    """All bytes of a step."""
-    return step['peak'] + step['resident']
-
-
 def fit(row: dict, value: Callable[[dict], int]) -> AffineMemory:
-    """Fit bytes over the batch.
-
-    Args:
-        row (dict): With ``steps`` at three batches or more.
-        value (Callable): Of the steps at a batch, the bytes.
-
-    Returns:
-        AffineMemory: The line.
-    """
+    """Fit a line to what a row's steps at three batches or more take."""
     return fit_affine([int(batch) for batch in row['steps']],
                       list(map(value, row['steps'].values())))
 
@@ -49,12 +34,7 @@ def saved_by(mode: str) -> Callable[[dict], int]:
 
 def at_batch(row: dict,
              value: Callable[[dict], int]) -> tuple[float, float | None]:
-    """Tell bytes at a row's batch.
-
-    Returns:
-        tuple[float, float | None]: Bytes, and the error where they are
-        extrapolated.
-    """
+    """Tell bytes at a row's batch, and the error of what is extrapolated."""
     steps = row['steps'].get(str(row['batch']))
     if steps is not None:
         return value(steps), None
@@ -114,14 +94,12 @@ def saved_text(row: dict, mode: str) -> str:
 def verdict(rows: Sequence[dict]) -> str:
     """Count the rows that come out as the paper has them."""
     parts = []
-    for precision in ('FP32', 'FP16'):
-        ratios = [ratio(row) for row in rows if row['precision'] == precision]
-        if ratios:
-            close = sum(map(is_close, ratios))
-            parts.append(
-                f'{close} of {len(ratios)} rows in {precision} save within '
-                f"{TOLERANCE:.0%} of the paper's figure "
-                f'({span(ratios, ".3f")} times it)')
+    for precision, group in by('precision', rows).items():
+        ratios = list(map(ratio, group))
+        parts.append(
+            f'{sum(map(is_close, ratios))} of {len(ratios)} rows in '
+            f"{precision} save within {TOLERANCE:.0%} of the paper's figure "
+            f'({span(ratios, ".3f")} times it)')
     return ' and '.join(parts)
 
 
@@ -135,8 +113,8 @@ def rows_table(rows: Sequence[dict]) -> str:
 
     return table(rows, {
         'row': label,
-        'batch': lambda row: row['batch'],
-        'precision': lambda row: row['precision'],
+        'batch': itemgetter('batch'),
+        'precision': itemgetter('precision'),
         'paper: Eval → Tune (GB)':
         lambda row: '{:.3f} → {:.3f}'.format(*row['gb']),
         'Eval here (GB)': lambda row: f'{eval_gb(row):.3f}',
@@ -150,14 +128,6 @@ def rows_table(rows: Sequence[dict]) -> str:
     })
 
 
-def by_model(rows: Iterable[dict]) -> list[list[dict]]:
-    """Group rows by what they train."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row['model'], []).append(row)
-    return list(groups.values())
-
-
 def longest(rows: Sequence[dict]) -> dict:
     """Find the row with steps at the most batches."""
     return max(rows, key=lambda row: len(row['steps']))
@@ -165,8 +135,8 @@ def longest(rows: Sequence[dict]) -> dict:
 
 def several_batches(found: dict) -> list[dict]:
     """Find the rows of the model that the paper has at several batches."""
-    return next((rows for rows in by_model(found['rows']) if len(rows) > 2),
-                [])
+    models = by('model', found['rows']).values()
+    return next((rows for rows in models if len(rows) > 2), [])
 
 
 def fits(rows: Sequence[dict]) -> dict[str, AffineMemory]:
@@ -210,7 +180,7 @@ def halves(found: dict) -> dict[str, object]:
             for dtype in dict.fromkeys(found['autocast'].values())),
         'copies': table(half, {
             'row': label,
-            'batch': lambda row: row['batch'],
+            'batch': itemgetter('batch'),
             'as measured': lambda row: f'{ratio(row):.3f}',
             'with the copy': lambda row: f'{ratio_with_copy(row):.3f}'
         })
@@ -225,33 +195,26 @@ def suspects(found: dict) -> list[dict]:
 
 def steps_table(found: dict) -> str:
     """Lay out what every step takes."""
+    models = by('model', found['rows'] + found['suspected'])
     steps = [(row, batch, mode, step)
-             for row in map(longest, by_model(found['rows']
-                                              + found['suspected']))
+             for row in map(longest, models.values())
              for batch, by_mode in row['steps'].items()
              for mode, step in by_mode.items()]
     return table(steps, {
         'model': lambda it: label(it[0]),
-        'precision': lambda it: it[0]['precision'],
-        'batch': lambda it: it[1],
-        'mode': lambda it: it[2],
+        'precision': cell('', 0, 'precision'),
+        'batch': cell('', 1),
+        'mode': cell('', 2),
         'kept for backward': lambda it: mib(it[3]['kept']),
         'peak': lambda it: mib(it[3]['peak']),
         'resident': lambda it: mib(it[3]['resident'])
     })
 
 
-def scaling(row: dict) -> str:
-    """What the launch command needs where the config's batch is not 2."""
-    return '' if row['batch'] == 2 else ' --auto-scale-lr'
-
-
 def figures(found: dict) -> dict[str, object]:
     """Write what the page shows."""
     rows = found['rows']
     totals = {label(row): row['gb'][0] / eval_gb(row) for row in rows}
-    runs = [(row, *run) for row in rows
-            for run in zip((row['eval'], row['config']), row['ap'])]
     return {
         'verdict': verdict(rows),
         'shape': '{} x {}'.format(*found['shape']),
@@ -265,7 +228,7 @@ def figures(found: dict) -> dict[str, object]:
         'suspects': table(suspects(found), {
             'model': label,
             'Eval here (GB)': lambda row: f'{eval_gb(row):.3f}',
-            'paper: Eval (GB)': lambda row: f'{row["gb"][0]:.3f}',
+            'paper: Eval (GB)': cell('.3f', 'gb', 0),
             "MMEngine's saves here (MiB)":
             lambda row: saved_text(row, 'MMEngine'),
             'paper saves (MiB)': lambda row: f'{paper_saving(row) / MIB:.0f}',
@@ -274,13 +237,7 @@ def figures(found: dict) -> dict[str, object]:
             lambda row: 'yes' if is_close(ratio(row)) else 'no',
             'paper / here': lambda row: f'{1 / ratio(row):.3f}'
         }),
-        'steps': steps_table(found),
-        'commands': table(runs, {
-            'command': lambda it: '`bash tools/dist_train.sh '
-            f'{it[1]} 8{scaling(it[0])}`',
-            "paper's box AP": lambda it: f'{it[2]:.2f}',
-            'here': lambda it: 'not run here'
-        })
+        'steps': steps_table(found)
     }
 
 
@@ -316,9 +273,8 @@ def plot(found: dict, figure: Figure) -> None:
     figure.set_size_inches(8, 1.8 + 0.35 * len(rows))
     axes = figure.subplots()
     places = range(len(rows))
-    axes.axvspan(
-        1 - TOLERANCE, 1 + TOLERANCE, color='tab:green', alpha=0.2,
-        label=f'within {TOLERANCE:.0%} of the paper')
+    axes.axvspan(1 - TOLERANCE, 1 + TOLERANCE, color='tab:green', alpha=0.2,
+                 label=f'within {TOLERANCE:.0%} of the paper')
     for mode, marker in zip(MODES[1:], 'ox'):
         axes.plot([ratio(row, mode) for row in rows], places, marker,
                   label=f'{NAMES[mode]}, here')

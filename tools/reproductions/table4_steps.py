@@ -3,10 +3,8 @@ import copy
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.fileio import load
@@ -14,17 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmtune.analysis.memory import saved_bytes
-from mmtune.analysis.modes import randomize_new_norms
-from mmtune.analysis.sources import build_model, load_config
+from mmtune.analysis.sources import load_config
 from mmtune.analysis.steps import Step
 from mmtune.analysis.workloads import detection_workload
 from reproductions.material import (
     in_processes,
     put_in_folding_mode,
     put_in_paper_mode,
+    random_model,
 )
 
-CONFIGS = Path('configs')
 # The modes of the paper, its Tune being MMEngine's.
 PAPER = ('Eval', 'MMEngine')
 MODES = (*PAPER, 'Tune')
@@ -33,11 +30,8 @@ SUSPECT = 'mask-rcnn_r101_fpn_8xb16-amp-tune-1x_coco'
 SUSPECTED = 'configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 
-def read_rows(folder: Path = CONFIGS) -> list[dict]:
+def read_rows() -> list[dict]:
     """Read the rows of Table 4 from the metafiles beside the configs.
-
-    Args:
-        folder (Path): With a folder for each kind of model.
 
     Returns:
         list[dict]: ``name`` and ``config`` of the Tune config, ``eval``, the
@@ -46,7 +40,7 @@ def read_rows(folder: Path = CONFIGS) -> list[dict]:
     """
     models = {
         model['Config']: model
-        for path in sorted(folder.glob('*/metafile.yml'))
+        for path in sorted(Path('configs').glob('*/metafile.yml'))
         for model in load(path)['Models']
         if 'Table 4' in model['Metadata'].get('Figures From', '')
     }
@@ -81,87 +75,60 @@ def run(shape: Sequence[int] = (800, 1344),
         ``weights`` from :func:`count_weights`; ``suspected``, the same of
         what a row may be in truth; and what :func:`kept_per_weight` and
         :func:`autocast_dtypes` find.
-
-    Raises:
-        ValueError: If there is no row of a name.
     """
-    rows = read_rows()
-    known = [row['name'] for row in rows]
-    for name in names or []:
-        if name not in known:
-            raise ValueError(f'Table 4 has no row {name!r}; name some of '
-                             f'{", ".join(known)}')
-    rows = [row for row in rows if names is None or row['name'] in names]
+    rows = [row for row in read_rows()
+            if names is None or row['name'] in names]
     suspected = [
         dict(row, name=Path(SUSPECTED).stem, eval=SUSPECTED) for row in rows
         if row['name'] == SUSPECT
     ]
     # Several rows share a model, which then takes each batch once.
-    first: dict[tuple[str, str], dict] = {}
-    todo: dict[str, set[int]] = {}
+    first: dict[tuple[str, str], str] = {}
+    plan: dict[str, list[tuple]] = {}
     for row in rows + suspected:
-        model = str(load_config(row['eval']).model)
-        same = first.setdefault((model, row['precision']), row)
-        row['model'] = f'{same["eval"]} in {row["precision"]}'
-        todo.setdefault(row['model'], set()).update(
-            [row['batch']] if row['batch'] <= max(batches) else batches)
-    # The paper's question alone is asked of the suspected model.
-    modes = {row['model']: PAPER for row in suspected}
-    modes.update({row['model']: MODES for row in rows})
-    measured: dict[str, dict] = {model: {} for model in todo}
-    steps = [(row, batch, mode) for row in first.values()
-             for batch in sorted(todo[row['model']])
-             for mode in modes[row['model']]]
-    taken = in_processes(measure, [(*step, shape) for step in steps], 'steps')
-    for (row, batch, mode), found in zip(steps, taken):
-        measured[row['model']].setdefault(str(batch), {})[mode] = found
-    for row in rows + suspected:
+        path = first.setdefault(
+            (str(load_config(row['eval']).model), row['precision']),
+            row['eval'])
+        row['model'] = f'{path} in {row["precision"]}'
         row['weights'] = count_weights(row)
-        row['steps'] = {
-            batch: by_mode
-            for batch, by_mode in measured[row['model']].items()
-            if int(batch) == row['batch'] or row['batch'] > max(batches)
-        }
+        # The paper's question alone is asked of the suspected model.
+        plan[row['name']] = list(itertools.product(
+            [path], [row['precision']],
+            [row['batch']] if row['batch'] <= max(batches) else batches,
+            PAPER if row in suspected else MODES))
+    steps = sorted({step for own in plan.values() for step in own})
+    taken = dict(zip(steps, in_processes(
+        measure, [(*step, shape) for step in steps], 'steps')))
+    for row in rows + suspected:
+        row['steps'] = {}
+        for step in plan[row['name']]:
+            _, _, batch, mode = step
+            row['steps'].setdefault(str(batch), {})[mode] = taken[step]
     return dict(
         shape=list(shape), batches=list(batches), rows=rows,
         suspected=suspected, kept_per_weight=kept_per_weight(),
         autocast=autocast_dtypes())
 
 
-@functools.lru_cache(maxsize=1)
-def _build(path: str) -> tuple[Any, nn.Module]:
-    # Some warn of each argument that newer configs name otherwise.
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        config = load_config(path)
-        torch.manual_seed(0)
-        model = build_model(config)
-    randomize_new_norms(model)
-    return config, model
+# Steps of the same model come one after another.
+build = functools.lru_cache(maxsize=1)(random_model)
 
 
-def measure(row: dict, batch: int, mode: str, shape: Sequence[int]) -> dict:
-    """Take a step with the backbone in a mode.
-
-    Returns:
-        dict: Bytes ``kept`` for backward, ``peak`` and ``resident``.
-    """
-    config, stock = _build(row['eval'])
+def measure(path: str, precision: str, batch: int, mode: str,
+            shape: Sequence[int]) -> dict:
+    """Take a step with the backbone in a mode, and count its bytes."""
+    config, stock = build(path)
     model = copy.deepcopy(stock)
     height, width = shape
     workload = detection_workload(config, model, (height, width), batch)
     put_in_paper_mode(model, mode, ['backbone'])
-    step = Step(model, workload, amp=row['precision'] == 'FP16')
+    step = Step(model, workload, amp=precision == 'FP16')
     return dataclasses.asdict(step.memory())
 
 
 def count_weights(row: dict) -> int:
-    """Count the numbers in the weights that Tune folds in training.
-
-    Returns:
-        int: Of the backbone's convolutions, the frozen ones left out.
-    """
-    _, model = _build(row['eval'])
+    """Count the numbers in the weights of the backbone that learn."""
+    _, model = build(row['eval'])
     return sum(
         module.weight.numel() for module in model.backbone.modules()
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad)
@@ -170,9 +137,8 @@ def count_weights(row: dict) -> int:
 def kept_per_weight() -> dict[str, dict[str, float]]:
     """Count what a block keeps for backward beside feature maps.
 
-    Returns:
-        dict[str, dict[str, float]]: Bytes for each number in the weight, by
-        precision and mode, of a block whose feature maps have one pixel.
+    In bytes for each number in its weight, by precision and mode. The feature
+    maps have one pixel.
     """
     found: dict[str, dict[str, float]] = {}
     for precision, mode in itertools.product(('FP32', 'FP16'), MODES):
@@ -193,11 +159,7 @@ def kept_per_weight() -> dict[str, dict[str, float]]:
 
 
 def autocast_dtypes() -> dict[str, str]:
-    """Look at what a CPU's autocast makes of halves.
-
-    Returns:
-        dict[str, str]: The dtype of the output of operations on halves.
-    """
+    """Tell the dtype that a CPU's autocast makes of halves, by operation."""
     x = torch.randn(2, 8, 8, 8, dtype=torch.bfloat16)
     operations = {
         'convolution': nn.Conv2d(8, 8, 3),

@@ -1,16 +1,14 @@
 """The page on the trees: what is run, read and said, and a short run."""
 import json
 import math
-from pathlib import Path
 
 import demo
 import mmcv
 import pytest
+import torch
 from reproductions import accuracy
 
 from tests.tools.synthetic import doubted, fill, filled, in_turn, shorten
-
-ROOT = Path(__file__).parents[3]
 
 
 def made_up(maps=None, tune_apart=0.1, threads_apart=0.1, seeds=(0, 1, 2)):
@@ -31,12 +29,8 @@ def made_up(maps=None, tune_apart=0.1, threads_apart=0.1, seeds=(0, 1, 2)):
 
 
 def test_each_mode_is_what_its_name_says():
-    configs = {
-        mode: (training, training.load_config())
-        for mode in (*accuracy.MODES, accuracy.OTHER_THREADS)
-        for training in [accuracy.Training(mode, 5)]
-    }
-    for mode, (training, config) in configs.items():
+    for mode in (*accuracy.MODES, accuracy.OTHER_THREADS):
+        config = accuracy.load_config(mode, 5)
         backbone = config.model.backbone
         assert backbone.norm_eval != mode.startswith('Train')
         assert (backbone.init_cfg is None) == ('scratch' in mode)
@@ -46,15 +40,6 @@ def test_each_mode_is_what_its_name_says():
         if mode == 'Tune':
             assert key.activations is False
         assert config.randomness.seed == 5
-        assert training.threads == (2 if 'threads' in mode else 1)
-    folders = {training.folder for training, _ in configs.values()}
-    assert len(folders) == len(accuracy.MODES) + 1
-
-
-@pytest.mark.parametrize('modes', [('Eval', 'Tune', 'Other'), ('Eval', ), ()])
-def test_modes_that_cannot_be_compared(modes):
-    with pytest.raises(ValueError, match='must hold Eval, Tune'):
-        accuracy.run(modes=modes)
 
 
 @pytest.mark.parametrize('losses, expected', [
@@ -153,13 +138,14 @@ def place(tmp_path, monkeypatch):
     """A folder where data and weights are there, and training is short."""
     fill(tmp_path, monkeypatch, crops=2, size=64)
     shorten(demo.MODES, tmp_path, monkeypatch, iterations=2)
-    return tmp_path
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 def test_run(place, monkeypatch):
     monkeypatch.setattr(accuracy, 'in_processes', in_turn)
-    monkeypatch.setattr(accuracy, 'describe_commit', lambda folder: 'abc')
     modes = ('Eval', 'Tune')
     found = accuracy.run(modes, seeds=(0, ))
     found = json.loads(json.dumps(found, allow_nan=False))
@@ -170,32 +156,3 @@ def test_run(place, monkeypatch):
     first = [run['losses'][0] for run in found['runs']]
     assert first == pytest.approx([first[0]] * 3, rel=1e-4)
     assert 'over 1 seeds' in filled('accuracy', found)
-
-    # A second time everything is reused ...
-    command = accuracy.Training.command
-    monkeypatch.setattr(accuracy.Training, 'command', None)
-    assert accuracy.run(modes, seeds=(0, )) == found
-    # ... but what was lost is made anew.
-    started = []
-    monkeypatch.setattr(
-        accuracy.Training, 'command',
-        lambda training: started.append(training.mode) or command(training))
-    (accuracy.WORK_DIR / 'tune_seed-0/run.json').unlink()
-    accuracy.run(modes, seeds=(0, ))
-    assert started == ['Tune']
-    # So is all that other code has made, or code that nobody knows.
-    assert accuracy.Training('Eval', 0).is_finished('abc')
-    for commit in ('def', 'abc-dirty', None):
-        assert not accuracy.Training('Eval', 0).is_finished(commit)
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_shown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = tmp_path / 'wrong.py'
-    config.write_text('train_cfg = dict(max_iters=2)\nmodel = dict()\n')
-    monkeypatch.setitem(demo.MODES, 'Eval', config)
-    training = accuracy.Training(accuracy.OTHER_THREADS, 0)
-    with pytest.raises(RuntimeError, match='(?s)eval_two-threads.*Error'):
-        accuracy.train(training, 'abc')
-    assert not (training.folder / 'run.json').exists()

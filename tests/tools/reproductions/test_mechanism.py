@@ -7,18 +7,17 @@ import mmcv
 import pytest
 import torch
 from reproductions import limits, mechanism
-from reproductions import mechanism_network as network
 from reproductions import mechanism_runs as runs
 
 from mmtune.analysis import lr_limit
 from tests.oracle import randomize, step
-from tests.tools.synthetic import doubted, filled, processes
+from tests.tools.synthetic import doubted, filled, in_turn
 
 
 @pytest.fixture(scope='module')
 def found():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, 'processes', processes)
+        patch.setattr(runs, 'in_processes', in_turn)
         found = mechanism.run(
             times=(1., 0.1),
             lrs=(0.02, 50.),
@@ -33,7 +32,7 @@ def found():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = randomize(network.build_model(5)).double().eval()
+    model = randomize(runs.build_model(5)).double().eval()
     torch.nn.init.normal_(model[-1].weight)
     return model
 
@@ -54,7 +53,7 @@ def coefficients(model):
 @pytest.mark.parametrize('times', [0.1, 7.])
 def test_scales_are_multiplied_and_the_function_is_not(model, times):
     other = copy.deepcopy(model)
-    network.multiply_scales(other, times)
+    runs.multiply_scales(other, times)
     torch.testing.assert_close(
         other(images()), model(images()), rtol=1e-12, atol=1e-12)
     expected = coefficients(model)
@@ -65,8 +64,8 @@ def test_scales_are_multiplied_and_the_function_is_not(model, times):
 
 def test_only_the_gradient_of_weights_is_multiplied(model):
     plain, corrected = (
-        step(network.put(model, mode), images())
-        for mode in ('Deploy', network.CORRECTED))
+        step(runs.put(model, mode), images())
+        for mode in ('Deploy', runs.CORRECTED))
     squares = {
         name: coeff.square().view(-1, 1, 1, 1)
         for name, coeff in coefficients(model).items()
@@ -86,34 +85,40 @@ def test_only_the_gradient_of_weights_is_multiplied(model):
 
 
 def test_training_and_test_images_are_apart():
-    *_, train_labels, tests, test_labels = network.load_data(
-        network.FINE_TUNED_ON, 0)
-    trained = network.load_data(network.FINE_TUNED_ON, 0)[0]
+    *_, train_labels, tests, test_labels = runs.load_data(
+        runs.FINE_TUNED_ON, 0)
+    trained = runs.load_data(runs.FINE_TUNED_ON, 0)[0]
     assert len(train_labels) + len(test_labels) == 896
     assert set(train_labels.tolist()) == set(test_labels.tolist()) == set(
         range(5))
     assert trained.shape[1:] == tests.shape[1:] == (1, 8, 8)
-    other = network.load_data(network.FINE_TUNED_ON, 1)[0]
+    other = runs.load_data(runs.FINE_TUNED_ON, 1)[0]
     assert not torch.equal(trained, other)
 
 
 def test_training_stops_where_the_loss_is_infinite():
-    data = network.load_data(network.FINE_TUNED_ON, 0)[:2]
-    model = network.build_model(5)
-    losses = network.train(model, *data, steps=30, lr=1e30, seed=0)
+    data = runs.load_data(runs.FINE_TUNED_ON, 0)[:2]
+    model = runs.build_model(5)
+    losses = runs.train(model, *data, steps=30, lr=1e30, seed=0)
     assert len(losses) < 30
     assert losses[0] == pytest.approx(math.log(5), rel=1e-5)
     assert all(map(math.isfinite, losses[:-1]))
     assert not math.isfinite(losses[-1])
 
 
-@pytest.mark.parametrize('losses, limit', [
-    ([1.5, 0.3, None], 0.2),
-    ([0.3, None, 0.7], 0.4),
-    ([1.6, 0.9, None], None),
+@pytest.mark.parametrize('losses, limit, best', [
+    ([1.5, 0.3, None], 0.2, 1),
+    ([0.3, None, 0.7], 0.4, 0),
+    ([1.6, 0.9, None], None, None),
 ])
-def test_limit(losses, limit):
-    assert mechanism.stable_limit([0.1, 0.2, 0.4], losses) == limit
+def test_limit(losses, limit, best):
+    of = dict(times=1., seed=0)
+    row, = mechanism.summarize(dict(
+        scales=[of], lrs=[0.1, 0.2, 0.4],
+        sweeps=[dict(of, mode='Tune', losses=losses),
+                dict(of, seed=1, mode='Tune', losses=[0., 0., 0.])]))
+    assert row['limit']['Tune'] == limit
+    assert row['best']['Tune'] == best
 
 
 @pytest.mark.parametrize('losses, others, largest', [
@@ -135,15 +140,15 @@ def test_controls(found):
         assert row['runs'] == {'fused': 9}
         for gamma in ('fixed', 'learning'):
             assert row[gamma]['Eval'] < 1e-12
-        assert row['fixed'][network.CORRECTED] < 1e-12
+        assert row['fixed'][runs.CORRECTED] < 1e-12
         assert row['fixed']['Deploy'] > 1e-4
-        assert row['learning'][network.CORRECTED] > 1e-6
+        assert row['learning'][runs.CORRECTED] > 1e-6
 
 
 @pytest.mark.slow
 def test_sweeps(found):
     assert [(row['times'], row['mode']) for row in found['sweeps']] == [
-        (times, mode) for times in (1., 0.1) for mode in network.MODES
+        (times, mode) for times in (1., 0.1) for mode in runs.MODES
     ]
     for row in found['sweeps']:
         small, large = row['losses']
@@ -176,12 +181,12 @@ def test_weights_alone(found):
 
 @pytest.mark.parametrize('mode', ['Tune', 'Deploy'])
 def test_nothing_but_weights_learns(model, mode):
-    network.learn_weights_alone(model)
-    tuned = network.put(model, mode)
-    network.learn_weights_alone(tuned)
+    runs.learn_weights_alone(model)
+    tuned = runs.put(model, mode)
+    runs.learn_weights_alone(tuned)
     before = {name: p.clone() for name, p in tuned.named_parameters()}
-    data = network.load_data(network.FINE_TUNED_ON, 0)[:2]
-    network.train(tuned, data[0].double(), data[1], 1, 0.1, 0)
+    data = runs.load_data(runs.FINE_TUNED_ON, 0)[:2]
+    runs.train(tuned, data[0].double(), data[1], 1, 0.1, 0)
     changed = {name for name, p in tuned.named_parameters()
                if not torch.equal(p, before[name])}
     assert changed == {name for name, p in model.named_parameters()
@@ -218,7 +223,7 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
     def losses(limit):
         return [0.1 if lr <= limit else None for lr in lrs]
 
-    others = {mode: apart for mode in ('Eval', network.CORRECTED)}
+    others = {mode: apart for mode in ('Eval', runs.CORRECTED)}
     return dict(
         lrs=lrs,
         alone=dict(
@@ -237,7 +242,7 @@ def made_up(limits, apart=1e-15, alone=(1., 1.)):
         sweeps=[
             dict(times=1., mode=mode, seed=0, accuracies=[0.9] * 4,
                  losses=losses(limits[mode == 'Deploy']))
-            for mode in network.MODES
+            for mode in runs.MODES
         ],
         controls=[
             dict(times=1., seed=0, lr=0.1, function=apart, rescaled=apart,

@@ -94,12 +94,6 @@ def test_mean_spread(values, expected):
     assert page.mean_spread(values) == expected
 
 
-def test_track_shows_progress_without_a_terminal(capsys):
-    assert list(page.track('ab', 'Count')) == ['a', 'b']
-    shown = capsys.readouterr().out
-    assert 'Count: 0/2' in shown and 'Count: 1/2' in shown
-
-
 @pytest.mark.parametrize('values, others, text, certain', [
     # Mean -3, standard error 1 / sqrt(3), t(2) = 4.3027.
     ([1, 2, 3], [5, 5, 5], '-3.000 (-5.484 to -0.516)', True),
