@@ -407,6 +407,7 @@ def test_diagnose_another_optimizer(run, tmp_path):
 def test_diagnose_a_model_that_deploy_cannot_fold(run):
     torch.save({'bn1.running_var': torch.ones(64)}, 'a.pth')
     Path('config.py').write_text(
+        'default_scope = "mmdet"\n'
         'model = dict(type="ResNet", depth=18,\n'
         '             conv_cfg=dict(type="ConvAWS"))\n')
     with pytest.raises(
