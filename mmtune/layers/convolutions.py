@@ -136,8 +136,7 @@ class _TransposedConvolution(ConvKind):
 
     def run(self, conv, weight, bias, *inputs):
         x, geometry = self.linear_map(conv, *inputs)
-        run = (F.conv_transpose1d, F.conv_transpose2d,
-               F.conv_transpose3d)[len(geometry.stride) - 1]
+        run = getattr(F, self.functions[len(geometry.stride) - 1])
         return run(x, weight, bias, geometry.stride, geometry.padding,
                    geometry.output_padding, geometry.groups,
                    geometry.dilation)
@@ -175,8 +174,7 @@ class _Linear(ConvKind):
         return Product()
 
     def linear_map(self, conv, *inputs):
-        x, = inputs
-        return x, Product()
+        return *inputs, Product()
 
 
 class _PaddedConvolution(_Convolution):
@@ -210,10 +208,7 @@ class _PaddedConvolution(_Convolution):
 
 
 class _OwnForward(_Convolution):
-    """A subclass of ``nn.Conv2d`` that ends in ``F.conv2d`` in its own way.
-
-    It pads as TensorFlow does, say.
-    """
+    """A subclass of ``nn.Conv2d`` that pads, say, before ``F.conv2d``."""
 
     needs_map = True
 
@@ -389,11 +384,7 @@ def conv_kind(conv_type: type) -> ConvKind | None:
 
 
 def is_known_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution that may be folded.
-
-    Args:
-        module (nn.Module): Any module.
-    """
+    """Whether a module is a convolution that may be folded."""
     kind = conv_kind(type(module))
     return kind is not None and (not kind.needs_map or convolves(module))
 

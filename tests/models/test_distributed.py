@@ -1,4 +1,5 @@
 """Two processes on gloo against one process."""
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,36 +32,27 @@ def gradients(model, inputs, labels):
     return {k: p.grad.clone() for k, p in model.named_parameters()}
 
 
-def _ddp_step(rank, **options):
-    inputs, labels = batch()
+def _ddp(rank, **options):
     model = build()
-    wrap_first = options.pop('wrap_first', False)
-    if wrap_first:
-        ddp = nn.parallel.DistributedDataParallel(model, **options)
     turn_on(model)
-    if not wrap_first:
-        ddp = nn.parallel.DistributedDataParallel(model, **options)
-    half = slice(2 * rank, 2 * rank + 2)
-    grads = gradients(ddp, inputs[half], labels[half])
-    assert set(latest_runs(model).values()) == {'fused'}
-    return {k.removeprefix('module.'): v for k, v in grads.items()}
-
-
-def _ddp_plain(rank):
-    return _ddp_step(rank)
+    return _step(
+        rank, model, nn.parallel.DistributedDataParallel(model, **options))
 
 
 def _ddp_wrapped_first(rank):
     """As the Hook finds it."""
-    return _ddp_step(rank, wrap_first=True)
+    model = build()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    turn_on(model)
+    return _step(rank, model, wrapped)
 
 
-def _ddp_unused(rank):
-    return _ddp_step(rank, find_unused_parameters=True)
-
-
-def _ddp_static(rank):
-    return _ddp_step(rank, static_graph=True)
+def _step(rank, model, wrapped):
+    inputs, labels = batch()
+    half = slice(2 * rank, 2 * rank + 2)
+    grads = gradients(wrapped, inputs[half], labels[half])
+    assert set(latest_runs(model).values()) == {'fused'}
+    return {k.removeprefix('module.'): v for k, v in grads.items()}
 
 
 def _wrapper(rank):
@@ -81,23 +73,37 @@ def _wrapper(rank):
     for step in (wrapped.val_step, wrapped.test_step):
         assert torch.equal(
             step(dict(inputs=inputs, labels=labels)), expected)
-    half = slice(2 * rank, 2 * rank + 2)
-    grads = gradients(wrapped, inputs[half], labels[half])
-    assert list(latest_runs(wrapped.module).values()) == ['fused'] * 2
-    return {k.removeprefix('module.'): v for k, v in grads.items()}
+    return _step(rank, wrapped.module, wrapped)
+
+
+WAYS = {
+    'plain': _ddp,
+    'wrapped first': _ddp_wrapped_first,
+    'unused parameters': partial(_ddp, find_unused_parameters=True),
+    'static graph': partial(_ddp, static_graph=True),
+    "mmtune's wrapper": _wrapper,
+}
+
+
+def _all_ways(rank):
+    return {name: way(rank) for name, way in WAYS.items()}
+
+
+@pytest.fixture(scope='module')
+def of_two_processes():
+    """Gradients of each rank, by the way to wrap the model."""
+    return in_processes(_all_ways)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'function',
-    [_ddp_plain, _ddp_wrapped_first, _ddp_unused, _ddp_static, _wrapper])
-def test_two_processes_equal_one(function):
+@pytest.mark.parametrize('way', WAYS)
+def test_two_processes_equal_one(way, of_two_processes):
     expected = gradients(build(), *batch())
-    for actual in in_processes(function):
-        assert actual.keys() == expected.keys()
+    for found in of_two_processes:
+        assert found[way].keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(
-                actual[name], value, rtol=1e-10, atol=1e-12)
+                found[way][name], value, rtol=1e-10, atol=1e-12)
 
 
 def _run(rank, work_dir, options):

@@ -445,7 +445,7 @@ def resident(config, momenta, images):
 
 
 @pytest.mark.parametrize('config, blocks, momenta', [
-    pytest.param(RETINANET, 53, 1, marks=pytest.mark.slow),
+    pytest.param(RETINANET, 53, 1, marks=pytest.mark.exhaustive),
     pytest.param(FASTER_RCNN, 53, 1, marks=pytest.mark.exhaustive),
     (TREES, 52, 2),
 ], ids=['RetinaNet', 'Faster R-CNN', 'trees'])
@@ -633,7 +633,8 @@ def test_benchmark_what_cannot_be(run, tmp_path, arguments, message):
 
 @pytest.mark.parametrize('config', [
     'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
-    'mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+    pytest.param('mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+                 marks=pytest.mark.exhaustive),
     'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
     pytest.param('mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',
                  marks=pytest.mark.exhaustive),
