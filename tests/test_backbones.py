@@ -146,7 +146,7 @@ def test_compiled_block_in_any_state(training, grad):
     assert runs(model) == ['train mode' if training else 'fused']
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_block_with_inductor():
     torch._dynamo.reset()
     model = randomize(

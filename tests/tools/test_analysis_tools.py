@@ -667,7 +667,8 @@ def test_benchmark_goes_on_where_nothing_can_be_compared(run, tmp_path):
         loss=None, gradient=None)
 
 
-def test_benchmark_goes_on_without_float64(run, monkeypatch):
+@pytest.mark.exhaustive
+def test_benchmark_goes_on_without_float64(run):
     found, shown = run('benchmark_modes', FASTER_RCNN, '--shape', '64', '96',
                        '--modes', 'tune', '--rounds', '0', '--exact')
     assert 'Eval cannot be run in float64: ' in shown
@@ -712,7 +713,7 @@ WIDE = (
 
 @pytest.mark.parametrize('config', [
     RETINANET,
-    pytest.param(FASTER_RCNN, marks=pytest.mark.slow),
+    pytest.param(FASTER_RCNN, marks=pytest.mark.exhaustive),
     RTMDET,
 ], ids=['RetinaNet', 'Faster R-CNN', 'RTMDet'])
 def test_estimate_a_config(run, config):
