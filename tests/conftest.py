@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from mmtune.behaviours import convolution
 
@@ -9,6 +10,12 @@ from mmtune.behaviours import convolution
 def pytest_addoption(parser):
     parser.addoption('--every', type=int, default=1, metavar='N',
                      help='run the first test and every Nth after it')
+
+
+def pytest_runtest_setup(item):
+    if 'whole_graph' in item.keywords and TorchVersion(
+            torch.__version__) < '2.9':
+        pytest.skip('the compiler of this version of torch breaks the graph')
 
 
 @pytest.hookimpl(trylast=True)

@@ -310,7 +310,7 @@ def _leave(block: nn.Module, output: Any) -> Any:
 def enter_block(block: nn.Module, args: tuple,
                 kwargs: dict | None = None) -> None:
     """Forward pre-hook of a block."""
-    if '_tune_block' not in vars(block):
+    if '_tune_block' not in block.__dict__:
         return
     key = thread()
     if key == COMPILING:

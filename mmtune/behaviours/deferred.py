@@ -30,6 +30,8 @@ class _Deferred:
         inside_function (bool): Whether an autograd function made the call.
         output (Tensor, optional): Of the plain convolution, once it ran.
         folded (bool): Whether a normalization ran with it, for a gradient.
+        run (BlockRun, optional): Of the block in which it was made; None
+            where that was compiled.
     """
 
     # None of these may be the name of an attribute of tensors.
@@ -39,6 +41,7 @@ class _Deferred:
     inside_function: bool
     output: Tensor | None = None
     folded = False
+    run: Any = None
 
     def changed(self) -> bool:
         """Whether input, weight or bias were changed since the call."""
@@ -122,8 +125,7 @@ class DeferredConv(_Deferred, Tensor):
     # What a pre-hook hands to the forward on the instance that runs next:
     # that forward, and its output, None for the promise itself.
     handed: tuple[Any, Any] | None = None
-    # Where it was made, and by what it is known.
-    run: Any = None
+    # By what it is known.
     known: Any = None
     # Takes a call of F.batch_norm with the promise; gives None where that has
     # to run.

@@ -39,8 +39,8 @@ class Convolution(NamedTuple):
         ]
         stride, padding, dilation, output_padding = (
             value * dims if len(value) == 1 else value for value in settings)
-        return self._replace(stride=stride, padding=padding, dilation=dilation,
-                             output_padding=output_padding)
+        return Convolution(stride, padding, dilation, self.transposed,
+                           output_padding, self.groups)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve.

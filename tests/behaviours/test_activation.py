@@ -737,6 +737,7 @@ def test_spared_counts_what_is_kept_less():
 # --------------------------------------------------------------------------
 
 
+@pytest.mark.whole_graph
 @pytest.mark.parametrize('act', FEW.values(), ids=FEW)
 def test_compiled_whole(act):
     model = chain(act)

@@ -5,7 +5,12 @@ from torch import nn
 
 from mmtune import turn_on
 from mmtune.behaviours.calls import call_of
-from mmtune.behaviours.deferred import DeferredConv, defer, settle
+from mmtune.behaviours.deferred import (
+    CompiledDeferredConv,
+    DeferredConv,
+    defer,
+    settle,
+)
 from mmtune.layers.convolutions import conv_kind
 
 
@@ -65,3 +70,14 @@ def test_settle_finds_promises(block, container):
             *leaf.values()][0]
     expected = F.conv2d(x, block[0].weight, block[0].bias, padding=1)
     assert torch.equal(leaf, expected)
+
+
+def test_promise_of_a_compiled_part_is_folded_outside_of_it(block):
+    """Older compilers of torch break a graph between the two."""
+    conv, norm = block
+    x = torch.ones(1, 3, 5, 5).double()
+    expected = block(x)
+    call = call_of('0', conv, conv_kind(nn.Conv2d), x)
+    promise = CompiledDeferredConv(call, (x, ), False)
+    torch.testing.assert_close(norm(promise), expected)
+    assert promise.output is None

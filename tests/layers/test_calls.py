@@ -382,6 +382,7 @@ def test_norms_that_do_more_in_a_checkpoint(reentrant):
     assert_as_stock(model, 'fused')
 
 
+@pytest.mark.whole_graph
 def test_norms_that_do_more_are_stock_when_compiled():
     model = pair(norm=BatchNormAct(6))
     turn_on(model)

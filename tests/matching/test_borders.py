@@ -524,6 +524,7 @@ def test_a_linear_layer_on_tokens():
         model(x[0][None, None])
 
 
+@pytest.mark.whole_graph
 def test_compiled():
     """There a pair of two modules is stock."""
     model = prepared(FOUND['both'][0])
