@@ -91,6 +91,9 @@ def parameter(layer: nn.Module, name: str) -> Any:
     own = layer._parameters
     if name in own and name not in layer.__dict__ and _finds_as_torch(layer):
         return own[name]
+    # With a default, torch.compile would have a parametrization run twice.
+    if hasattr(type(layer), name):
+        return getattr(layer, name)
     return getattr(layer, name, None)
 
 

@@ -312,8 +312,14 @@ def _changes_nothing(block: nn.Module, node: fx.Node) -> bool:
     module = block.get_submodule(node.target)
     return all(map(_makes_weight, foreign_hooks(module))) and (
         is_known_conv(module) or norm_kind(module) is not None
-        or any(_runs_forward_of(module, layer)
-               for layer in (nn.Identity, nn.Embedding)))
+        or _is_identity(module) or _is_lookup(module))
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    """Whether a module is an embedding that writes to no weight."""
+    return (_runs_forward_of(module, nn.Embedding)
+            # A call would scale rows of its weight, which others may share.
+            and module.max_norm is None)
 
 
 def _makes_weight(hook: Callable) -> bool:
@@ -333,7 +339,10 @@ def _is_out_of_place(node: fx.Node) -> bool:
         return False
     # What PyTorch itself says of all operators of the name.
     operators = getattr(torch.ops.aten, name, None)
-    return operators is not None and 'out' not in node.kwargs and not any(
+    # No string, as is the namespace's own `name`.
+    if not isinstance(operators, torch._ops.OpOverloadPacket):
+        return False
+    return 'out' not in node.kwargs and not any(
         getattr(operators, overload)._schema.is_mutable
         for overload in operators.overloads() if not overload.endswith('out'))
 

@@ -87,6 +87,12 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if hasattr(torch.Tensor, name):  # such as `x.data = y`
+            self.tracer.create_proxy('call_function', setattr,
+                                     (self, name, value), {})
+
     def __len__(self) -> int:
         return self.tracer.choose(
             DIMENSIONS if _is_shape(self.node) else LENGTHS)
@@ -119,13 +125,17 @@ class _Proxy(fx.Proxy):
 
 
 def _record_in_place_operators() -> None:
-    """Have `x += 1` not be taken for `x = x + 1`, which writes nothing."""
+    """Have `x += 1` not be taken for `x = x + 1`, which writes nothing.
+
+    And have `x[0] = 1` be no error, after which an `x` that is a list of
+    tensors would be tried.
+    """
 
     def method(function):
-        return lambda proxy, other: proxy.tracer.create_proxy(
-            'call_function', function, (proxy, other), {})
+        return lambda proxy, *args: proxy.tracer.create_proxy(
+            'call_function', function, (proxy, *args), {})
 
-    for name in inplace_methods.keys() - {'setitem'}:
+    for name in inplace_methods:
         setattr(_Proxy, f'__{name}__', method(getattr(operator, name)))
 
 

@@ -4,6 +4,7 @@ import torch
 from mmengine.runner import FlexibleRunner
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mmtune import turn_on
@@ -85,6 +86,20 @@ def test_modes_and_gradients_switched(pair):
             torch.testing.assert_close(compiled(x), stock(x))
             stock.load_state_dict(model.state_dict())
         assert runs(model) == ['train mode' if training else 'fused'] * 2
+
+
+def test_a_parametrization_with_a_state_runs_once(pair):
+    stock, model, counter = pair
+    for one in (stock, model):
+        torch.manual_seed(0)
+        spectral_norm(one[0]).train()
+    turn_on(model)
+    x = image(2, 3, 8, 8)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(2):
+        assert_equal_steps(
+            step(stock, x), step(model, x, lambda _, x: compiled(x)))
+        assert runs(model) == ['fused'] * 2
 
 
 @pytest.mark.small_maps

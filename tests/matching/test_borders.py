@@ -207,6 +207,32 @@ class AddsToOther(Conditional):
         return super().forward(x, y)
 
 
+class AssignsOther(Conditional):
+
+    def forward(self, x, y):
+        y.data = y * 2
+        return super().forward(x, y)
+
+
+class SetsItemOfOther(Conditional):
+
+    def forward(self, x, y):
+        y[0] = 1
+        return super().forward(x, y)
+
+
+class CallsOther(Conditional):
+    """Whose second argument may be any object."""
+
+    def forward(self, x, y):
+        y.name()
+        return super().forward(x, y)
+
+
+def renormalizing():
+    return nn.Embedding(2, 6, max_norm=1)
+
+
 def hooked():
     layer = nn.Linear(6, 6)
     layer.register_forward_hook(lambda module, args, output: None)
@@ -336,6 +362,11 @@ LEFT_OUT = {
     'a method in place': (conditional(of=ChangesOther), "'x'"),
     'an operator with out': (conditional(of=WritesOther), "'x'"),
     'an augmented assignment': (conditional(of=AddsToOther), "'x'"),
+    'an assigned attribute': (conditional(of=AssignsOther), "'x'"),
+    'an assigned item': (conditional(of=SetsItemOfOther), "'x'"),
+    'a method that is no operator': (conditional(of=CallsOther), "'x'"),
+    'an embedding that writes to its weight': (
+        conditional(renormalizing), "'x'"),
     'reads its argument twice': (
         sequential(lambda: nn.Conv2d(4, 6, 3), Reused), "the argument 'x'"),
     'changes its argument': (
