@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from mmtune.behaviours import convolution
+from mmtune.behaviours import convolution, saved
 
 
 def pytest_addoption(parser):
@@ -16,6 +16,8 @@ def pytest_runtest_setup(item):
     if 'whole_graph' in item.keywords and TorchVersion(
             torch.__version__) < '2.9':
         pytest.skip('the compiler of this version of torch breaks the graph')
+    if 'one_map' in item.keywords and saved._top_hooks is None:
+        pytest.skip('with this version of torch activations run as stock')
 
 
 @pytest.hookimpl(trylast=True)

@@ -115,7 +115,7 @@ def test_two_processes_by_the_launch_script(tmp_path):
     answer = subprocess.run(
         [ROOT / 'tools/dist_train.sh', tmp_path / 'config.py', '2'],
         env=dict(os.environ, PATH=path, PORT=str(free_port()),
-                 PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
+                 PYTHONPATH=str(tmp_path)),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=300)
     assert answer.returncode == 0, answer.stdout

@@ -18,7 +18,6 @@ from mmtune import turn_off, turn_on
 from mmtune.analysis import peak_bytes, saved_bytes
 from mmtune.behaviours.activation import activation_runs
 from mmtune.behaviours.remade import spared
-from mmtune.behaviours.saved import _top_hooks
 from mmtune.layers.activations import (
     ACTIVATION_KINDS,
     ActivationKind,
@@ -26,9 +25,7 @@ from mmtune.layers.activations import (
 )
 from tests.oracle import assert_equal_steps, randomize, runs, step, stock_copy
 
-pytestmark = pytest.mark.skipif(
-    _top_hooks is None,
-    reason='with this version of torch activations run as stock')
+pytestmark = pytest.mark.one_map
 HAS_MMCV = importlib.util.find_spec('mmcv') is not None
 NEEDS_ARGUMENTS = {'mmcv.cnn.bricks.activation.Clamp': (-.5, .5)}
 

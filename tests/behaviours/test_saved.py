@@ -14,10 +14,6 @@ from mmtune.behaviours.remade import spared
 from mmtune.behaviours.saved import current_scope, observer
 from tests.oracle import assert_equal_steps, step, stock_copy
 
-needs_top_hooks = pytest.mark.skipif(
-    saved._top_hooks is None,
-    reason='with this version of torch activations run as stock')
-
 
 def chain():
     torch.manual_seed(0)
@@ -67,7 +63,7 @@ def test_stock_where_torch_does_not_tell_which_hooks_are_set(monkeypatch):
     assert set(activation_runs(model).values()) == {'stock'}
 
 
-@needs_top_hooks
+@pytest.mark.one_map
 def test_observers_are_given_what_is_kept():
     model = chain()
     stock = stock_copy(model)
@@ -89,7 +85,7 @@ class Fails(nn.Module):
         return x
 
 
-@needs_top_hooks
+@pytest.mark.one_map
 @pytest.mark.parametrize('depth', [0, 1])
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
 def test_no_hooks_are_left_after_an_error(error, depth):
@@ -121,7 +117,7 @@ class LeavesHooks(nn.Module):
         return x
 
 
-@needs_top_hooks
+@pytest.mark.one_map
 def test_hooks_that_a_forward_leaves_stay():
     model = nn.Sequential(chain(), LeavesHooks())
     turn_on(model)
@@ -132,7 +128,7 @@ def test_hooks_that_a_forward_leaves_stay():
     assert top_hooks() is None
 
 
-@needs_top_hooks
+@pytest.mark.one_map
 def test_one_scope_for_modules_within_each_other():
     seen = []
     model = chain()
@@ -158,7 +154,7 @@ def test_a_graph_does_not_keep_the_model():
     output.sum().backward()
 
 
-@needs_top_hooks
+@pytest.mark.one_map
 def test_spared_counts_what_is_kept_less():
     model = chain()
     turn_on(model)

@@ -213,10 +213,7 @@ def test_plain_models_need_torch_alone(tool, options, expected, tmp_path):
         [sys.executable,
          str(TOOLS / f'{tool}.py'), '--model', 'net:net', *options],
         cwd=tmp_path,
-        env=dict(
-            os.environ,
-            PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}',
-            OMP_NUM_THREADS='1'),
+        env=dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}'),
         capture_output=True,
         text=True)
     assert result.returncode == 0, result.stderr

@@ -67,7 +67,7 @@ def test_script_runs(weights, tmp_path):
             str(SCRIPT), '--mode', 'tune', '--epochs', '1', '--size', '16'
         ],
         cwd=tmp_path,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -30,7 +30,7 @@ def run(*command):
     """Run a script with this Python; returns what subprocess.run does."""
     return subprocess.run(
         [sys.executable, '-W', 'ignore', *map(str, command)],
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
